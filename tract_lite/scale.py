@@ -1,0 +1,106 @@
+"""A score scale: its labels, their values, and the token that spells each label."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Sequence
+
+from tract_lite.vocabulary import Vocabulary
+
+# Any text before the marker; a letter, so that no tokenizer merges it with the marker's space.
+ANCHOR = "x"
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """The labels a judge may end with and the number each one stands for.
+
+    Raises:
+        ValueError: fewer than two labels, or labels or values that repeat or don't pair up.
+    """
+
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
+        if len(self.labels) < 2 or len(self.labels) != len(self.values):
+            raise ValueError(
+                f"a scale needs two labels or more and one value each, got "
+                f"{len(self.labels)} labels and {len(self.values)} values"
+            )
+        if len(set(self.labels)) < len(self.labels) or len(set(self.values)) < len(self.values):
+            raise ValueError(f"labels and values must not repeat: {self.labels}, {self.values}")
+        if any(label != label.strip() or not label for label in self.labels):
+            raise ValueError(f"labels must not be empty or begin or end with a space: {self.labels}")
+        if not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"values must be finite: {self.values}")
+
+    @classmethod
+    def integers(cls, low: int, high: int) -> ScoreScale:
+        """The scale of the whole numbers from `low` to `high`, both included."""
+        numbers = range(low, high + 1)
+        return cls(tuple(str(n) for n in numbers), tuple(float(n) for n in numbers))
+
+    def contains(self, score: float) -> bool:
+        return min(self.values) <= score <= max(self.values)
+
+    def nearest(self, score: float) -> int:
+        """The index of the label whose value is nearest to `score` (the lower one of two)."""
+        return min(range(len(self.values)), key=lambda k: (abs(self.values[k] - score), k))
+
+
+@dataclass(frozen=True)
+class ScoreTokens:
+    """The ids that lead to a score (`marker`) and the one id of each label (`labels`)."""
+
+    marker: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens:
+    """Encode marker and label together, in context, and tell where the label begins.
+
+    Most vocabularies put a space token before the digit, GPT-2's merges the two: what all labels
+    share belongs to the marker, what is left must be one token.
+
+    Raises:
+        ValueError: a label takes several tokens or two labels share one; names scales that fit.
+    """
+    tokens = _score_tokens(vocabulary, marker, scale)
+    if tokens is not None:
+        return tokens
+    common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
+    fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common
+               if _score_tokens(vocabulary, marker, s)]
+    pieces = {
+        label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[len(vocabulary.encode(ANCHOR)):])
+        for label in scale.labels
+    }
+    raise ValueError(
+        f"each label must be one token of its own in this vocabulary, found {pieces}; "
+        f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
+    )
+
+
+def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens | None:
+    anchor = vocabulary.encode(ANCHOR)
+    spelled = [vocabulary.encode(f"{ANCHOR} {marker} {label}") for label in scale.labels]
+    shared = _common_prefix(spelled)
+    if shared[: len(anchor)] != anchor or any(len(ids) != len(shared) + 1 for ids in spelled):
+        return None
+    if vocabulary.decode(shared).strip() != f"{ANCHOR} {marker}":
+        return None
+    labels = tuple(ids[-1] for ids in spelled)
+    return ScoreTokens(tuple(shared[len(anchor):]), labels) if len(set(labels)) == len(labels) else None
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    prefix = []
+    for column in zip(*sequences):
+        if len(set(column)) > 1:
+            break
+        prefix.append(column[0])
+    return prefix
