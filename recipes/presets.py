@@ -1,0 +1,124 @@
+"""What a run takes on each kind of machine, and what its user may choose.
+
+The paper's settings where it has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, replace
+from typing import Sequence
+
+import torch
+
+from tract_lite import TrainSettings
+
+logger = logging.getLogger("two_stage")
+
+FEEDBACK_COLLECTION = "prometheus-eval/Feedback-Collection"
+MISTRAL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`max_items` is chosen so that a run ends overnight; `held_out` items are kept for judging,
+    `gguf_items` of them are judged with each GGUF file. No `data`: the built-in example; no
+    `seed_model`: a toy one, made for the data."""
+
+    training: TrainSettings
+    data: str | None
+    seed_model: str | None
+    max_items: int
+    held_out: int
+    gguf_items: int
+    max_length: int = 3000
+    max_new_tokens: int = 1024
+    batch_size: int = 8
+    gradient_checkpointing: bool = True
+    quantization: tuple[str, ...] = ("q4_k_m",)
+
+
+PRESETS = {
+    "demo": Preset(
+        training=TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3),
+        data=None, seed_model=None, max_items=2500, held_out=1000, gguf_items=1000,
+        max_length=256, max_new_tokens=96, batch_size=250, gradient_checkpointing=False,
+        quantization=("f16", "q8_0"),
+    ),
+    "24gb": Preset(
+        training=TrainSettings(micro_batch_size=2), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
+        max_items=6000, held_out=300, gguf_items=50, batch_size=16,
+    ),
+    "t4": Preset(
+        training=TrainSettings(), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
+        max_items=1000, held_out=100, gguf_items=10,
+    ),
+}
+
+DEMO_ON_OWN_DATA = replace(
+    PRESETS["demo"],
+    training=TrainSettings(micro_batch_size=4, learning_rate=6e-3),
+    max_items=1000, held_out=50, gguf_items=50, max_length=4096, max_new_tokens=512, batch_size=32,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; None leaves it to the preset."""
+
+    preset: str
+    out: str
+    data: str | None = None
+    split: str | None = None
+    seed_model: str | None = None
+    scale: str = "1-5"
+    max_items: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    epochs: float | None = None
+    quantization: tuple[str, ...] | None = None
+    base: str = "4bit"
+    skip_bad: bool = False
+
+
+def preset_for(options: Options) -> Preset:
+    """The preset with what the user chose put in its place."""
+    preset = PRESETS[options.preset]
+    if options.preset == "demo" and options.data:
+        preset = DEMO_ON_OWN_DATA
+    chosen = {name: getattr(options, name)
+              for name in ("data", "seed_model", "max_items", "max_length", "max_new_tokens",
+                           "quantization")
+              if getattr(options, name) is not None}
+    if options.epochs is not None:
+        chosen["training"] = replace(preset.training, epochs=options.epochs)
+    return replace(preset, **chosen)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options of a command line; without a preset, the one that suits this machine."""
+    parser = argparse.ArgumentParser(
+        description="Train a judge in two stages and export it as a GGUF file.")
+    parser.add_argument("--preset", choices=PRESETS, help="default: 24gb with CUDA, else demo")
+    parser.add_argument("--data", help="JSONL, JSON, CSV or Parquet file, or a hub data set")
+    parser.add_argument("--split", help="split of a hub data set (default: train)")
+    parser.add_argument("--out", help="run folder (default: runs/PRESET); goes on if it is there")
+    parser.add_argument("--seed-model", help="folder or hub id of the model to train")
+    parser.add_argument("--scale", default="1-5", help="lowest and highest score (default: 1-5)")
+    parser.add_argument("--max-items", type=int, help="training items to use at most")
+    parser.add_argument("--max-length", type=int, help="tokens of a training sequence at most")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens of a reasoning at most")
+    parser.add_argument("--epochs", type=float, help="epochs of each stage")
+    parser.add_argument("--quantization", nargs="+", help="GGUF types, such as f16 q8_0 q4_k_m")
+    parser.add_argument("--base", choices=("4bit", "16bit"), default="4bit",
+                        help="weights that the adapter is merged onto (default: 4bit)")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without unusable rows")
+    chosen = vars(parser.parse_args(arguments))
+    if chosen["preset"] is None:
+        chosen["preset"] = "24gb" if torch.cuda.is_available() else "demo"
+        if chosen["preset"] == "demo":
+            logger.warning("no GPU here and no --preset: this is a demo-size run on the CPU")
+    chosen["out"] = chosen["out"] or f"runs/{chosen['preset']}"
+    chosen["quantization"] = chosen["quantization"] and tuple(chosen["quantization"])
+    return Options(**chosen)

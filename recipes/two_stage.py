@@ -1,0 +1,262 @@
+"""The whole way: judging data, stage 1, self-generated reasonings, stage 2, GGUF, judgement.
+
+    python recipes/two_stage.py --preset demo
+    python recipes/two_stage.py --data my_scores.csv --out runs/mine
+
+A second call with the same --out goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+# A clone works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if torch.cuda.is_available():
+    # Unsloth patches transformers, so it comes first; without CUDA it can't be imported at all.
+    import unsloth  # noqa: F401
+
+import numpy as np
+from tqdm.auto import tqdm
+
+import demo_task
+from demo_seed import cached_seed
+from own_data import read_own_data
+from presets import Options, parse, preset_for
+from tract_lite import (
+    Judge, Judgement, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_gguf,
+    generate_cots, load_seed, merge_adapter, read_records, train_stage,
+)
+from tract_lite.estimate import run_seconds
+from tract_lite.jsonl import write_rows
+from tract_lite.metrics import format_table
+from tract_lite.parity import Parity, compare
+from tract_lite.prompt import DEFAULT_TEMPLATE, make_spec
+from tract_lite.records import record_to_row
+from tract_lite.report import write_report
+from tract_lite.seed import load_adapter
+from tract_lite.train import RESULT_FILE
+
+logger = logging.getLogger("two_stage")
+
+
+class TwoStage:
+    """One run and its folder; each step leaves a file by which a second call knows it is done."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.preset = preset_for(options)
+        self.out = Path(options.out)
+        low, _, high = options.scale.partition("-")
+        self.is_example = self.preset.data is None
+        self.scale = ScoreScale.integers(int(low), int(high))
+        self.spec_fields = {
+            "scale": self.scale,
+            "template": demo_task.TEMPLATE if self.is_example else DEFAULT_TEMPLATE,
+            "max_length": self.preset.max_length,
+            "sampling": Sampling(max_new_tokens=self.preset.max_new_tokens),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """All steps in order; returns the metrics that are also in `metrics.json`."""
+        self._open_folder()
+        training, held_out = self._data()
+        self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
+        training = self._with_reasonings(training)
+        self._stage("stage1", training)
+        training = self._self_generated(training)
+        self._stage("stage2", training)
+        files = self._export()
+        metrics = self._judge(held_out, files)
+        print(f"\n{format_table(metrics['rows'])}\n")
+        for name, figures in metrics["parity"].items():
+            print(f"{name} against transformers, {Parity(**figures)}")
+        print(f"\njudge:  {files[-1]}\nreport: {write_report(self.out)}\nall:    {self.out}/")
+        return metrics
+
+    def _open_folder(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "settings.json"
+        settings = json.loads(json.dumps({
+            **dataclasses.asdict(self.options), **dataclasses.asdict(self.preset)}))
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise ValueError(f"{self.out} holds a run with other settings: choose another --out")
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        counts = self.out / "counts.json"
+        self.counts = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
+        logging.getLogger().addHandler(logging.FileHandler(self.out / "log.txt"))
+        logger.info("run folder %s, preset %s", self.out, self.options.preset)
+
+    def _count(self, **counts: Any) -> None:
+        """Keep what was read, dropped and used, for the log, the report and a second call."""
+        self.counts |= counts
+        (self.out / "counts.json").write_text(json.dumps(self.counts, indent=1), encoding="utf-8")
+        logger.info("%s", json.dumps(counts))
+
+    def _data(self) -> tuple[list[Record], list[Record]]:
+        """The training pairs and the held-out items, the same ones at a second call."""
+        training_file, held_out_file = self.out / "training.jsonl", self.out / "held_out.jsonl"
+        if not held_out_file.exists():
+            training, held_out = self._read_data()
+            write_rows(training_file, map(record_to_row, training))
+            write_rows(held_out_file, map(record_to_row, held_out))
+        training, held_out = read_records(training_file), read_records(held_out_file)
+        self._count(training_records=len(training), held_out_items=len(held_out))
+        return training, held_out
+
+    def _read_data(self) -> tuple[list[Record], list[Record]]:
+        if self.is_example:
+            training = demo_task.make_items(self.preset.max_items, demo_task.TRAINING_SEED)
+            held_out = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
+            return [item.record for item in training], [item.record for item in held_out]
+        training, held_out, counts = read_own_data(
+            self.preset.data, self.options.split, self.scale,
+            self.options.skip_bad, self.preset.max_items, self.preset.held_out,
+        )
+        self._count(**counts)
+        return training, held_out
+
+    def _toy_seed(self, training: Sequence[Record]) -> Path:
+        if self.is_example:
+            return cached_seed(demo_task.pretraining_records(), self.spec_fields,
+                               vocabulary_size=800, steps=500)
+        logger.warning("no --seed-model: a toy seed is trained on the text of the data, to show "
+                       "the way; for a judge of use, choose a real one")
+        answered = [dataclasses.replace(record, feedback=record.feedback or record.response)
+                    for record in training]
+        return cached_seed(answered, self.spec_fields, vocabulary_size=4000, steps=100)
+
+    def _load(self, adapter: Path | None = None) -> tuple[Any, Any, JudgeSpec]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        model, tokenizer = load_seed(self.seed_model, max_seq_length=self.preset.max_length)
+        method = dataclasses.asdict(self.preset.training)
+        spec = make_spec(tokenizer, base_model=self.seed_model, method=method, **self.spec_fields)
+        return (load_adapter(model, adapter) if adapter else model), tokenizer, spec
+
+    def _judge_from(self, adapter: Path | None) -> Judge:
+        return Judge.from_model(*self._load(adapter), batch_size=self.preset.batch_size)
+
+    def _with_reasonings(self, training: list[Record]) -> list[Record]:
+        """Where annotators gave no reasoning, the seed writes one."""
+        lacking = [record for record in training if not record.feedback]
+        if not lacking:
+            return training
+        logger.info("%d of %d training records have a score and no reasoning: the seed writes one",
+                    len(lacking), len(training))
+        written, rejected = generate_cots(
+            self._judge_from(None), lacking, self.out / "seed_reasonings.jsonl")
+        self._count(seed_reasonings={"kept": len(written), "rejected": dict(rejected)})
+        return [record for record in training if record.feedback] + written
+
+    def _stage(self, name: str, training: list[Record]) -> None:
+        folder = self.out / name
+        if not (folder / RESULT_FILE).exists():
+            logger.info("%s: training on %d records", name, len(training))
+            model, tokenizer, spec = self._load()
+            model = add_lora(model, gradient_checkpointing=self.preset.gradient_checkpointing)
+            if name == "stage1":
+                self._estimate(model, tokenizer, training, spec)
+            result = train_stage(model, tokenizer, training, spec, folder, self.preset.training)
+            self._count(**{name: {key: result[key] for key in ("records", "examples", "dropped")}})
+
+    def _estimate(self, model: Any, tokenizer: Any, training: Sequence[Record],
+                  spec: JudgeSpec) -> None:
+        seconds = run_seconds(model, tokenizer, training, spec, self.preset.training,
+                              self.preset.batch_size)
+        stage, reasonings = seconds["stage"] / 3600, seconds["reasonings"] / 3600
+        logger.info("this run takes about %.2f hours: %.2f for each stage, %.2f for the reasonings "
+                    "between them", 2 * stage + reasonings, stage, reasonings)
+
+    def _self_generated(self, training: list[Record]) -> list[Record]:
+        path = self.out / "self_generated.jsonl"
+        if "self_generated" not in self.counts:
+            logger.info("the stage-1 judge writes its own reasonings")
+            kept, rejected = generate_cots(
+                self._judge_from(self.out / "stage1" / "adapter"), training, path)
+            self._count(self_generated={"kept": len(kept), "rejected": dict(rejected)})
+        return read_records(path)
+
+    def _export(self) -> list[Path]:
+        merged = self.out / "merged"
+        if not merged.exists():
+            merge_adapter(self.seed_model, self.out / "stage2" / "adapter", merged,
+                          base=self.options.base)
+        files = [self.out / f"judge-{name}.gguf" for name in self.preset.quantization]
+        for file, name in zip(files, self.preset.quantization):
+            if not file.exists():
+                logger.info("exporting %s", file)
+                export_gguf(merged, file, name)
+        return files
+
+    def _judge(self, held_out: Sequence[Record], files: Sequence[Path]) -> dict[str, Any]:
+        path = self.out / "metrics.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        golds = [record.score for record in held_out]
+        rows: dict[str, Any] = {}
+        if self.is_example:
+            items = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
+            rows["true mean (best possible)"] = evaluate([item.mean for item in items], golds)
+        stage_1 = self._judge_from(self.out / "stage1" / "adapter")
+        judged = _judge_all(stage_1, held_out, "stage 1")
+        rows["stage 1, CoT-RAIL"] = evaluate([j.score for j in judged], golds)
+        del stage_1
+        stage_2 = self._judge_from(self.out / "stage2" / "adapter")
+        judged = _judge_all(stage_2, held_out, "stage 2")
+        rows["stage 2, sampled label"] = evaluate(_sample_labels(judged, self.scale), golds)
+        rows |= _readings("stage 2", judged, golds)
+        # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
+        other = stage_2 if torch.cuda.is_available() else Judge.from_pretrained(
+            self.out / "merged", batch_size=self.preset.batch_size)
+        few, parity = held_out[: self.preset.gguf_items], {}
+        for file in files:
+            with Judge.from_gguf(file, parallel=16) as judge:
+                judged = _judge_all(judge, few, file.name)
+                rows |= _readings(file.name, judged, golds[: len(few)])
+                parity[file.name] = dataclasses.asdict(compare(judge, other, few, judged))
+        write_rows(self.out / "judgements.jsonl",
+                   ({**j.to_row(), "gold": gold} for j, gold in zip(judged, golds)))
+        metrics = {"rows": rows, "parity": parity, "counts": self.counts}
+        path.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        return metrics
+
+
+def _judge_all(judge: Judge, records: Sequence[Record], name: str) -> list[Judgement]:
+    return list(tqdm(judge.score_many(records), f"judging: {name}", len(records)))
+
+
+def _readings(name: str, judged: Sequence[Judgement], golds: Sequence[float]) -> dict[str, Any]:
+    return {
+        f"{name}, most likely label": evaluate([j.mode for j in judged], golds),
+        f"{name}, CoT-RAIL": evaluate([j.score for j in judged], golds),
+    }
+
+
+def _sample_labels(judged: Sequence[Judgement], scale: ScoreScale) -> list[float | None]:
+    """A label for each judgement, drawn from its distribution over the labels."""
+    draw = np.random.default_rng(0)
+    return [None if j.error else draw.choice(scale.values, p=[
+        j.probabilities[label] / j.mass for label in scale.labels]) for j in judged]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        TwoStage(parse(arguments)).run()
+    except (ValueError, FileNotFoundError) as error:
+        logger.error("error: %s", error)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""CoT-RAFT as a pure function of hidden states: cross-entropy plus the squared error of the
+expected score, with vocabulary logits for supervised positions only.
+
+Shapes: B sequences, T positions, H hidden size, V vocabulary, K labels, N supervised positions.
+Source: TRACT, Eq. 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Bounds the logits alive at once: 64 MiB in float32.
+CHUNK_ELEMENTS = 2**24
+VOCABULARY_BLOCK = 8192
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class CotRaftLoss:
+    """`loss` = `ce` + raft_weight * `raft`; all scalars, the last two detached.
+
+    `predictions` (B,): the RAIL expectation of each row, NaN where a row has no score.
+    """
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    raft: torch.Tensor
+    predictions: torch.Tensor
+
+
+def cot_raft_loss(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    score_positions: torch.Tensor,
+    score_token_ids: torch.Tensor,
+    score_values: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    raft_weight: float = 1.0,
+    ce_on_score: bool = True,
+    num_tokens: torch.Tensor | int | None = None,
+    num_sequences: torch.Tensor | int | None = None,
+) -> CotRaftLoss:
+    """raft_weight * mean (E[score] - target)^2 over sequences + mean cross-entropy over tokens.
+
+    Position t of `labels` holds the id of token t (the shift by one is inside), -100 where nothing
+    is learnt. The expectation is unnormalised: probabilities come from the softmax over the whole
+    vocabulary. Softmax and sums are in float32, or float64 where float64 comes in.
+
+    Args:
+        hidden_states: (B, T, H) last hidden states, before the vocabulary projection.
+        lm_head_weight: (V, H); gets a gradient only if it requires one.
+        labels: (B, T) token ids.
+        score_positions: (B,) index t of each row's score token, -1 where it has none.
+        score_token_ids: (K,) ids of the labels.
+        score_values: (K,) their values.
+        targets: (B,) gold scores; ignored where a row has no score.
+        raft_weight: weight of the squared error (lambda in the paper).
+        ce_on_score: whether the score token is in the cross-entropy, as in the paper's formula.
+        num_tokens, num_sequences: counts of the whole optimiser step, so that micro-batches add up
+            to the gradient of one large batch; by default those of this batch.
+    """
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    has_score = score_positions > 0
+    is_score = torch.zeros_like(labels, dtype=torch.bool)
+    is_score[has_score, score_positions[has_score]] = True
+    is_token = labels != IGNORE_INDEX
+    if not ce_on_score:
+        is_token = is_token & ~is_score
+    rows, positions = (is_token | is_score)[:, 1:].nonzero(as_tuple=True)
+    token_mask = is_token[rows, positions + 1]
+    score_mask = is_score[rows, positions + 1]
+
+    num_tokens = _at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
+    num_sequences = _at_least_one(
+        score_mask.sum() if num_sequences is None else num_sequences, labels
+    )
+    # The gradient is formed in the forward pass, so each position carries its final weights.
+    loss, ce, raft, expected = _CotRaft.apply(
+        hidden_states[rows, positions],
+        lm_head_weight,
+        labels[rows, positions + 1].clamp(min=0),
+        token_mask.to(dtype) / num_tokens.to(dtype),
+        score_mask.to(dtype) / num_sequences.to(dtype),
+        targets.to(dtype)[rows].where(score_mask, 0),
+        score_token_ids,
+        score_values.to(dtype),
+        float(raft_weight),
+    )
+    predictions = torch.full_like(targets, float("nan"), dtype=dtype)
+    predictions[rows[score_mask]] = expected[score_mask]
+    return CotRaftLoss(loss, ce, raft, predictions)
+
+
+def _at_least_one(count: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(count, device=like.device).clamp(min=1)
+
+
+class _CotRaft(torch.autograd.Function):
+    """The loss over N gathered positions, one chunk of logits at a time, gradient included."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, ce_weights, raft_weights, targets, ids, values, scale):
+        dtype = ce_weights.dtype
+        ce = torch.zeros((), dtype=dtype, device=hidden.device)
+        raft = torch.zeros_like(ce)
+        expected = torch.empty_like(ce_weights)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if needs_weight else None
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), size):
+                chunk = slice(start, start + size)
+                h, token = hidden[chunk].to(dtype), tokens[chunk, None]
+                ce_weight, raft_weight = ce_weights[chunk], raft_weights[chunk]
+                logits = _project(h, weight)
+                token_logits = logits.gather(1, token)[:, 0]
+                top = logits.amax(1, keepdim=True)
+                probabilities = logits.sub_(top).exp_()
+                total = probabilities.sum(1, keepdim=True)
+                probabilities.div_(total)
+                log_total = (top + total.log())[:, 0]
+                label_probabilities = probabilities[:, ids]
+                y = label_probabilities @ values
+                error = y - targets[chunk]
+                ce += (ce_weight * (log_total - token_logits)).sum()
+                raft += (raft_weight * error.square()).sum()
+                expected[chunk] = y
+                if not (needs_hidden or needs_weight):
+                    continue
+                pull = 2 * scale * raft_weight * error
+                grad = probabilities.mul_((ce_weight - pull * y)[:, None])
+                grad[:, ids] += pull[:, None] * label_probabilities * values
+                grad.scatter_add_(1, token, -ce_weight[:, None])
+                if needs_hidden:
+                    grad_hidden[chunk] = _project_back(grad, weight)
+                if needs_weight:
+                    grad_weight.addmm_(grad.T, h)
+        ctx.grads, ctx.types = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(ce, raft, expected)
+        return ce + scale * raft, ce, raft, expected
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        # The scale of a gradient scaler is applied before the cast, so float16 does not underflow.
+        grads = [
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.types)
+        ]
+        return *grads, None, None, None, None, None, None, None
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) in the type of `hidden`, without a copy of `weight` in that type."""
+    if weight.dtype == hidden.dtype:
+        return hidden @ weight.T
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        torch.mm(hidden, weight[block].to(hidden.dtype).T, out=logits[:, block])
+    return logits
+
+
+def _project_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Gradient (N, H) of the hidden states from that of the logits (N, V)."""
+    if weight.dtype == grad.dtype:
+        return grad @ weight
+    back = grad.new_zeros(len(grad), weight.shape[1])
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        back.addmm_(grad[:, block], weight[block].to(grad.dtype))
+    return back
