@@ -1,0 +1,128 @@
+"""Agreement of predicted scores with gold scores, with intervals.
+
+A figure with an interval is a function of predictions and golds, both (..., n): it reduces the n
+items of the last axis, so that a stack of bootstrap resamples is measured at once.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Callable, Mapping, Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+# Resamples measured at once: bounds the memory of many items.
+CHUNK = 20
+WITH_INTERVAL = ("pearson", "spearman", "rmse", "mae")
+COLUMNS = ("pearson", "spearman", "kendall", "rmse", "mae", "coverage")
+
+
+def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dict[str, Any]:
+    """Measure how well predictions agree with gold scores; rmse and mae in units of the score.
+
+    Failed items (None, NaN or infinite) are left out: `count` is the number of items used,
+    `coverage` their share. `intervals` are 95 % percentile bootstraps over items with a fixed
+    seed. What is undefined is NaN: correlations of constant scores, all intervals of one item.
+    `qwk` rounds scores to whole numbers, its only labels: it says little on a scale of fractions.
+
+    Raises:
+        ValueError: no items, lengths that differ, or a gold score that is not finite.
+    """
+    predicted = np.array(list(predictions), dtype=np.float64)
+    gold = np.array(list(golds), dtype=np.float64)
+    if gold.size == 0 or predicted.shape != gold.shape:
+        raise ValueError(
+            f"predictions and golds must pair up, got {predicted.size} and {gold.size} of them"
+        )
+    if not np.isfinite(gold).all():
+        items = np.flatnonzero(~np.isfinite(gold)).tolist()
+        raise ValueError(f"gold scores must be finite; those of items {items[:20]} are not")
+    used = np.isfinite(predicted)
+    predicted, gold = predicted[used], gold[used]
+    with warnings.catch_warnings():
+        # NaN already says that a figure is undefined.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        figures = {name: float(figure(predicted, gold)) for name, figure in _FIGURES.items()}
+        intervals = _intervals(predicted, gold)
+    return figures | {
+        "coverage": float(used.mean()),
+        "count": int(used.sum()),
+        "intervals": intervals,
+    }
+
+
+def format_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """A markdown table of `evaluate` results, one named row each, with three decimals."""
+    cells = [["", *columns]]
+    for name, figures in rows.items():
+        cells.append([name, *(f"{figures[column]:.3f}" for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *numbers in (cells[0], rule, *cells[1:]):
+        padded = [first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def _intervals(predicted: np.ndarray, gold: np.ndarray) -> dict[str, tuple[float, float]]:
+    if gold.size < 2:
+        return dict.fromkeys(WITH_INTERVAL, (math.nan, math.nan))
+    random = np.random.default_rng(0)
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in WITH_INTERVAL}
+    for _ in range(RESAMPLES // CHUNK):
+        items = random.integers(gold.size, size=(CHUNK, gold.size))
+        for name, values in draws.items():
+            values.append(_FIGURES[name](predicted[items], gold[items]))
+    # A resample can be constant, and its correlation NaN, where the items are few.
+    return {
+        name: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
+        for name, values in draws.items()
+    }
+
+
+def _pearson(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    from scipy.stats import pearsonr
+
+    if gold.shape[-1] < 2:
+        return np.array(np.nan)
+    return pearsonr(predicted, gold, axis=-1).statistic
+
+
+def _spearman(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return _pearson(rankdata(predicted, axis=-1), rankdata(gold, axis=-1))
+
+
+def _kendall(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    from scipy.stats import kendalltau
+
+    return kendalltau(predicted, gold).statistic
+
+
+def _rmse(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean((predicted - gold) ** 2, axis=-1))
+
+
+def _mae(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    return np.mean(np.abs(predicted - gold), axis=-1)
+
+
+def _qwk(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Quadratic weighted kappa of scores rounded to whole numbers, halves to the even one.
+
+    The mean squared gap of the pairs over that of all predictions with all golds, taken from 1:
+    what the confusion matrix with quadratic weights gives, without the matrix.
+    """
+    a, b = np.rint(predicted), np.rint(gold)
+    chance = a.var(axis=-1) + b.var(axis=-1) + (a.mean(axis=-1) - b.mean(axis=-1)) ** 2
+    return 1 - np.mean((a - b) ** 2, axis=-1) / chance
+
+
+_FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "pearson": _pearson, "spearman": _spearman, "kendall": _kendall,
+    "rmse": _rmse, "mae": _mae, "qwk": _qwk,
+}
