@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tract_lite.loss import IGNORE_INDEX
 from tract_lite.prompt import prompt_ids, reasoning_text
@@ -94,3 +96,21 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
         "score_positions": torch.tensor([example.score_position for example in examples]),
         "targets": torch.tensor([example.target for example in examples]),
     }
+
+
+class LengthGroupedSampler(Sampler):
+    """Batches of similar lengths in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))

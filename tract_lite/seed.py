@@ -1,0 +1,205 @@
+"""The seed model: load it in 4 bits, attach LoRA, load an adapter, get its hidden states.
+
+The only module that knows which backend holds the model: Unsloth where CUDA is there, else
+transformers with bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+
+
+def pick_dtype() -> tuple[torch.dtype, str]:
+    """The type to compute in on this machine, and the reason for it.
+
+    Raises:
+        RuntimeError: the installed torch has no kernels for this card.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32, "no GPU: float32 on the CPU"
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    built_for = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and major < min(int(arch[3:].rstrip("abf")) // 10 for arch in built_for):
+        raise RuntimeError(
+            f"this torch has no kernels for {name} (compute capability {major}.{minor}; it was "
+            f"built for {', '.join(built_for)}): choose another GPU, on Kaggle 'GPU T4 x2'"
+        )
+    # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, as on a T4.
+    if major >= 8:
+        return torch.bfloat16, f"{name} computes bfloat16 (capability {major}.{minor})"
+    return torch.float16, f"{name} has no bfloat16 units (capability {major}.{minor}): float16"
+
+
+def load_seed(name_or_path: str | Path, load_in_4bit: bool = True, max_seq_length: int = 3072,
+              backend: str = "auto") -> tuple[Any, Any]:
+    """A seed model and its tokenizer, ready for `add_lora`.
+
+    `backend`: "unsloth", "transformers", or "auto" (Unsloth where CUDA is there).
+
+    Raises:
+        RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without CUDA.
+    """
+    dtype, reason = pick_dtype()
+    logger.info("precision: %s", reason)
+    if backend == "auto":
+        backend = "unsloth" if torch.cuda.is_available() else "transformers"
+    name = str(name_or_path)
+    if backend == "unsloth":
+        return _load_with_unsloth(name, load_in_4bit, max_seq_length, dtype)
+    if backend == "transformers":
+        return _load_with_transformers(name, load_in_4bit, dtype)
+    raise ValueError(f"backend must be 'auto', 'unsloth' or 'transformers', got {backend!r}")
+
+
+def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int,
+                       dtype: torch.dtype) -> tuple[Any, Any]:
+    if not torch.cuda.is_available():
+        raise RuntimeError("Unsloth needs a CUDA GPU: use backend='transformers' on this machine")
+    if "transformers" in sys.modules and "unsloth" not in sys.modules:
+        logger.warning("transformers was imported before unsloth: some of its speed-ups are lost")
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        name, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit, dtype=dtype
+    )
+    return model, _with_padding(tokenizer)
+
+
+def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name)
+    options: dict[str, Any] = {"dtype": dtype}
+    if load_in_4bit and not hasattr(config, "quantization_config"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    for module in model.modules():
+        # Else bitsandbytes repacks the weights when a CPU with bfloat16 units first evaluates them:
+        # it computes in bfloat16 from then on, and without a gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, _with_padding(tokenizer)
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def add_lora(model: Any, rank: int = 8, alpha: int = 16, dropout: float = 0.0, *,
+             gradient_checkpointing: bool = True, seed: int = 42) -> Any:
+    """A new adapter on all linear layers of the blocks; everything else is frozen.
+
+    Source: TRACT's settings (rank 8, alpha 16, dropout 0).
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    if _uses_unsloth():
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model, r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",
+            target_modules=_linear_names(model), random_state=seed,
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+        )
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=_linear_names(model),
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, adapter: str | Path) -> Any:
+    """The seed with a trained adapter on it, for judging."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The last hidden states (B, T, H), after the final norm and before the vocabulary projection.
+
+    They come out of the model's own forward, so that wrappers such as DDP see the pass.
+    """
+    if _uses_unsloth():
+        with _environment(HIDDEN_STATES_SWITCH, "1"):
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    else:
+        hidden = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+            output_hidden_states=True, logits_to_keep=1,
+        ).hidden_states[-1]
+    return hidden
+
+
+def lm_head_weight(model: Any) -> torch.Tensor:
+    """The vocabulary projection (V, H).
+
+    Raises:
+        ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    extras = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+              if getattr(config, name, None) not in (None, 1, 1.0)]
+    if getattr(head, "bias", None) is not None:
+        extras.append("a bias")
+    if extras:
+        raise ValueError(
+            f"training needs a plain vocabulary projection, this seed adds {', '.join(extras)}: "
+            "choose a Llama, Mistral, Qwen or Phi seed"
+        )
+    return head.weight
+
+
+def _uses_unsloth() -> bool:
+    return "unsloth" in sys.modules
+
+
+def _linear_names(model: Any) -> list[str]:
+    """The names of the linear layers inside the blocks, such as `q_proj`."""
+    head = model.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not head}
+    return sorted(linear)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
