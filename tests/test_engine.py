@@ -1,0 +1,248 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from llama_cpp import llama_perf_context
+from tiny import make_llama, make_sentences, make_spm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tract_lite.engine import LlamaEngine
+from tract_lite.gguf import export_gguf
+from tract_lite.prompt import make_spec
+from tract_lite.sampling import Task
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import JudgeSpec, Sampling
+
+BOS = 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    make_spm(folder / "spm", make_sentences())
+    make_llama(folder / "model", folder / "spm")
+    return folder
+
+
+def spec_for(folder, marker: str, **sampling) -> JudgeSpec:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), marker=marker, max_length=256,
+                     sampling=Sampling(**sampling))
+
+
+@pytest.fixture(scope="module")
+def spec(folder):
+    """A spec with a marker so short that a random model writes it now and then."""
+    return spec_for(folder, "the", max_new_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def path(folder, spec):
+    return export_gguf(folder / "model", folder / "judge.gguf", "f32", spec)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+
+
+def open_engine(path, spec=None, parallel=16, **options) -> LlamaEngine:
+    """An engine that computes in float32 throughout."""
+    return LlamaEngine(path, spec, parallel=parallel, threads=1, flash_attention=False,
+                       cache_type="f32", **options)
+
+
+def make_tasks(engine: LlamaEngine, count: int, n_cot: int = 1, words: int = 12) -> list[Task]:
+    prompts = [" ".join(make_sentences(20, seed=n)).split()[:words + n % 5] for n in range(count)]
+    return [Task([BOS, *engine.vocabulary.encode(" ".join(prompt))],
+                 [100 * n + k for k in range(n_cot)]) for n, prompt in enumerate(prompts)]
+
+
+def reasonings(answer) -> list[list[int]]:
+    return [sample.reasoning for sample in answer]
+
+
+def scores(answer) -> np.ndarray:
+    return np.array([sample.label_log_probabilities for sample in answer])
+
+
+def reference_logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def test_scores_are_those_of_transformers_for_the_same_reasonings(path, spec, reference):
+    with open_engine(path) as engine:
+        tasks = [replace(task, reasonings=[engine.vocabulary.encode(text)]) for task, text
+                 in zip(make_tasks(engine, 8), make_sentences(8, seed=3))]
+        answers = dict(engine.run(tasks))
+    for index, task in enumerate(tasks):
+        ids = [*task.prompt, *task.reasonings[0], *spec.marker_ids]
+        expected = reference_logits(reference, ids).log_softmax(-1)[list(spec.label_ids)]
+        [sample] = answers[index]
+        assert sample.reasoning == task.reasonings[0] and not sample.truncated
+        np.testing.assert_allclose(sample.label_log_probabilities, expected.numpy(), atol=1e-4)
+
+
+def test_a_score_read_after_sampling_is_that_of_the_reasoning_given(path):
+    with open_engine(path) as engine:
+        tasks = make_tasks(engine, 30)
+        sampled = dict(engine.run(tasks))
+        given = dict(engine.run([replace(task, reasonings=reasonings(sampled[index]))
+                                 for index, task in enumerate(tasks)]))
+    assert any(not sample.truncated for answer in sampled.values() for sample in answer)
+    for index in sampled:
+        np.testing.assert_allclose(scores(sampled[index]), scores(given[index]), atol=1e-4)
+
+
+def test_a_sample_is_the_same_alone_and_among_others(path):
+    with open_engine(path) as together, open_engine(path, parallel=1) as alone:
+        tasks = make_tasks(together, 16)
+        answers = dict(together.run(tasks))
+        for index in (0, 7, 15):
+            [(_, answer)] = alone.run([tasks[index]])
+            assert reasonings(answer) == reasonings(answers[index])
+            np.testing.assert_allclose(scores(answer), scores(answers[index]), atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", [4, 16])
+def test_samples_of_one_item_equal_separate_ones(path, parallel):
+    with open_engine(path, parallel=parallel) as engine, open_engine(path, parallel=1) as alone:
+        [task] = make_tasks(engine, 1, n_cot=6, words=60)
+        [(_, answer)] = engine.run([task])
+        separate = [next(alone.run([Task(task.prompt, [seed])]))[1] for seed in task.seeds]
+    assert reasonings(answer) == [reasonings(other)[0] for other in separate]
+    np.testing.assert_allclose(scores(answer), np.concatenate([scores(a) for a in separate]),
+                               atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", [4, 16])
+def test_a_prompt_is_read_once_for_all_samples(path, spec, parallel):
+    brief = replace(spec, sampling=Sampling(max_new_tokens=5))
+    with open_engine(path, brief, parallel=parallel) as engine:
+        [task] = make_tasks(engine, 1, n_cot=12, words=60)
+        list(engine.run([task]))
+        decoded = llama_perf_context(engine._context.pointer).n_p_eval
+    assert len(task.prompt) < decoded < 2 * len(task.prompt)
+
+
+def test_the_same_run_gives_the_same_answers_and_other_seeds_give_others(path):
+    with open_engine(path) as engine:
+        tasks = make_tasks(engine, 4, n_cot=2)
+        others = [replace(task, seeds=[seed + 7 for seed in task.seeds]) for task in tasks]
+        first, again, other = (dict(engine.run(given)) for given in (tasks, tasks, others))
+    for index in first:
+        assert reasonings(first[index]) == reasonings(again[index]) != reasonings(other[index])
+        assert len({tuple(ids) for ids in reasonings(first[index])}) == 2
+
+
+def test_only_a_reasoning_stopped_by_the_limit_is_truncated(path, spec):
+    with open_engine(path) as engine:
+        samples = [sample for _, answer in engine.run(make_tasks(engine, 40)) for sample in answer]
+        texts = [engine.vocabulary.decode(sample.reasoning) for sample in samples]
+    assert {sample.truncated for sample in samples} == {True, False}
+    assert all(sample.truncated == (len(sample.reasoning) == 60) for sample in samples)
+    assert not any(spec.marker in text for text in texts)
+
+
+def test_a_reasoning_is_cut_where_the_context_ends(path, spec):
+    with open_engine(path, context_length=64) as engine:
+        tasks = make_tasks(engine, 16)
+        answers = dict(engine.run(tasks))
+    longest = max(len(task.prompt) + len(ids) + len(spec.marker_ids) + 2
+                  for index, task in enumerate(tasks) for ids in reasonings(answers[index]))
+    assert longest == 64
+
+
+def test_what_does_not_fit_is_answered_with_an_error_and_the_rest_goes_on(path):
+    with open_engine(path, parallel=2, context_length=64) as engine:
+        tasks = make_tasks(engine, 5)
+        tasks[1] = Task([BOS] * 80, [0])
+        tasks[3] = Task(tasks[3].prompt, [0], [[5] * 70])
+        answers = dict(engine.run(tasks))
+    assert str(answers[1]) == "prompt of 80 tokens does not fit in the context of 64 tokens"
+    assert isinstance(answers[3], ValueError) and "prompt and reasoning" in str(answers[3])
+    assert all(len(answers[index]) == 1 for index in (0, 2, 4))
+
+
+@pytest.mark.parametrize("parallel", [1, 3, 16])
+def test_every_task_comes_back_once_with_all_its_samples(path, parallel):
+    with open_engine(path, parallel=parallel) as engine:
+        answers = list(engine.run(iter(make_tasks(engine, 11, n_cot=5))))
+    assert sorted(index for index, _ in answers) == list(range(11))
+    assert all(len(answer) == 5 for _, answer in answers)
+
+
+def test_tasks_are_taken_as_slots_come_free(path):
+    taken = []
+    with open_engine(path, parallel=2) as engine:
+        run = engine.run(taken.append(task) or task for task in make_tasks(engine, 20))
+        next(run)
+        assert len(taken) < 6
+        run.close()
+        assert len(list(engine.run(taken))) == len(taken)
+
+
+def test_greedy_sampling_penalises_generated_tokens_only(path, spec, reference):
+    greedy = Sampling(temperature=0.0, repetition_penalty=1.5, max_new_tokens=25)
+    with open_engine(path, replace(spec, sampling=greedy)) as engine:
+        [task] = make_tasks(engine, 1)
+        [(_, [sample])] = engine.run([task])
+    penalty, generated = RepetitionPenaltyLogitsProcessor(1.5), []
+    for _ in sample.reasoning:
+        logits = reference_logits(reference, [*task.prompt, *generated])[None]
+        if generated:
+            logits = penalty(torch.tensor([generated]), logits)
+        generated.append(int(logits.argmax()))
+    assert len(sample.reasoning) > 5 and sample.reasoning == generated
+
+
+def test_tokens_are_drawn_from_the_distribution_of_transformers(folder, path, reference):
+    draws = 600
+    spec = spec_for(folder, "So it is", temperature=0.6, top_p=0.7, max_new_tokens=1)
+    with open_engine(path, spec) as engine:
+        [task] = make_tasks(engine, 1)
+        [(_, answer)] = engine.run([replace(task, seeds=range(draws))])
+    rules = LogitsProcessorList([TemperatureLogitsWarper(0.6), TopPLogitsWarper(0.7)])
+    logits = rules(None, reference_logits(reference, list(task.prompt))[None])
+    expected = logits.softmax(-1)[0].numpy()
+    drawn = [ids[0] if ids else spec.eos_id for ids in reasonings(answer)]
+    counts = np.bincount(drawn, minlength=len(expected))
+    assert counts[expected == 0].sum() == 0 and (expected > 0).sum() > 3
+    # Five standard deviations: a false alarm about once in 100,000 seeds.
+    deviation = np.sqrt(draws * expected * (1 - expected))
+    assert (abs(counts - draws * expected) <= 5 * deviation + 1).all()
+
+
+def test_an_engine_runs_once_at_a_time_and_not_after_it_is_closed(path):
+    engine = open_engine(path, parallel=2)
+    tasks = make_tasks(engine, 4)
+    run = engine.run(tasks)
+    next(run)
+    with pytest.raises(RuntimeError, match="inside another run"):
+        next(engine.run(tasks))
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(run)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(engine.run(tasks))
+
+
+def test_the_spec_comes_from_the_file_unless_one_is_given(path, spec):
+    other = replace(spec, sampling=Sampling(max_new_tokens=3))
+    with open_engine(path) as engine, open_engine(path, other) as with_other:
+        assert engine.spec == spec and with_other.spec == other
+        [(_, [sample])] = with_other.run(make_tasks(with_other, 1))
+    assert len(sample.reasoning) <= 3
+
+
+def test_a_spec_of_another_vocabulary_is_refused(path, spec):
+    with pytest.raises(ValueError, match="not the one the judge was trained with"):
+        LlamaEngine(path, replace(spec, pieces=("x",) * len(spec.pieces)))

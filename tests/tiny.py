@@ -1,0 +1,153 @@
+"""Tiny real models for tests, made on the spot: a SentencePiece vocabulary and a random Llama."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import random
+import shutil
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Qwen2Config,
+)
+
+from tract_lite.sampling import Sample
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+VOCABULARIES = ("gpt-2", "llama-bpe", "llama-spm", "qwen2", "trained")
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "phi3": Phi3Config, "gemma2": Gemma2Config}
+
+WORDS = """the response answer reasoning is clear short wrong right kind and but so it does not
+give any reason example of why how this works overall score follows lacks cites source step by
+instruction rubric with without very quite helpful honest careful vague 1 2 3 4 5 2024""".split()
+
+
+def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
+    """Sentences of random words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + rng.choice(".!?")
+            for _ in range(count)]
+
+
+def make_spm(folder: Path, sentences: Iterable[str], size: int = 384) -> Path:
+    """Train a Llama-like SentencePiece vocabulary (BPE, byte fallback) and write its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=size,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }))
+    return folder
+
+
+def make_llama(folder: Path, tokenizer_folder: Path, scale: float = 16.0, *, hidden: int = 64,
+               layers: int = 2, context: int = 512, dtype: torch.dtype = torch.float32,
+               seed: int = 0) -> Path:
+    """Write a random Llama (4 heads, 2 of keys and values) with the tokenizer's files beside it.
+
+    `scale` multiplies the weights: distributions far from flat, so that samples do not hang on the
+    last bits of a sum.
+    """
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=context, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    ))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_family(folder: Path, tokenizer_folder: Path, family: str, *, layers: int = 2,
+                seed: int = 0, **options: Any) -> Path:
+    """Write a random float32 model of one of `FAMILIES`, no parameter zero, biases included."""
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    config = FAMILIES[family](**{
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": None, "tie_word_embeddings": False, **options,
+    })
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def load_tokenizer(name: str) -> Any:
+    """One of `VOCABULARIES`: a real one from shared/, or a small one trained on the spot."""
+    if name == "trained":
+        with tempfile.TemporaryDirectory() as folder:
+            return AutoTokenizer.from_pretrained(make_spm(Path(folder), make_sentences(), 700))
+    if not (SHARED / "tokenizers" / name).is_dir():
+        pytest.skip("no real vocabularies here")
+    return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
+
+
+class WritingEngine:
+    """An engine of few words: answers four tasks at a time, back to front.
+
+    Its sentences and label probabilities (which sum to `mass`) hang on the seeds alone. A prompt
+    that holds LONG is refused, CUT and EMPTY give such reasonings; at STOP the engine fails.
+    """
+
+    def __init__(self, spec: Any, vocabulary: Any, mass: float = 0.95):
+        self.spec, self.vocabulary, self.mass = spec, vocabulary, mass
+        self.prompts: list[str] = []
+
+    def run(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        numbered = enumerate(tasks)
+        while window := list(islice(numbered, 4)):
+            for index, task in reversed(window):
+                prompt = self.vocabulary.decode(task.prompt)
+                self.prompts.append(prompt)
+                if "STOP" in prompt:
+                    raise KeyboardInterrupt
+                yield index, ValueError("too long") if "LONG" in prompt else [
+                    self._sample(prompt, seed, task.reasonings and task.reasonings[number])
+                    for number, seed in enumerate(task.seeds)]
+
+    def _sample(self, prompt: str, seed: int, given: Any) -> Sample:
+        rng = random.Random(seed)
+        written = self.vocabulary.encode(" ".join(rng.choices(WORDS, k=6)))
+        weights = np.array([rng.random() for _ in self.spec.label_ids])
+        return Sample([] if "EMPTY" in prompt else list(given or written), "CUT" in prompt,
+                      np.log(self.mass * weights / weights.sum()))
+
+    def close(self) -> None:
+        self.prompts = []

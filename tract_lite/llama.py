@@ -1,0 +1,181 @@
+"""llama.cpp from below: its models, the memory of its sequences, its batches and samplers."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Sequence
+
+import numpy as np
+
+from tract_lite.spec import JudgeSpec, Sampling
+
+SPEC_KEY = "tract_lite.judge_spec"
+BATCH_TOKENS = 512
+
+_GGML_ERROR = 4
+
+logger = logging.getLogger(__name__)
+# What llama.cpp calls for as long as the process lives.
+_kept: list[Any] = []
+
+
+@cache
+def quiet_llama() -> ModuleType:
+    """The llama_cpp module, with llama.cpp's errors in this package's log and nothing on stderr."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, _: Any) -> None:
+        severity = logging.ERROR if level == _GGML_ERROR else logging.DEBUG
+        logger.log(severity, text.decode("utf-8", "replace").rstrip())
+
+    llama_cpp.llama_log_set(log, None)
+    llama_cpp.llama_backend_init()
+    _kept.append(log)
+    return llama_cpp
+
+
+def load_model(path: str | Path, **params: Any) -> Any:
+    """A `llama_model` pointer, to be freed by the caller; `params` as in `llama_model_params`.
+
+    Raises:
+        ValueError: not a GGUF file, or one that llama.cpp can't read.
+    """
+    llama = quiet_llama()
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file")
+    settings = llama.llama_model_default_params()
+    if b"AMX_INT8 = 1" in llama.llama_print_system_info():
+        logger.info("weights are not repacked: with AMX, llama.cpp can crash on repacked ones")
+        settings.use_extra_bufts = False
+    for name, value in params.items():
+        setattr(settings, name, value)
+    model = llama.llama_model_load_from_file(os.fsencode(path), settings)
+    if not model:
+        raise ValueError(f"llama.cpp can't read {path}: it is incomplete, or of a kind that "
+                         f"llama-cpp-python {llama.__version__} does not know")
+    return model
+
+
+def spec_of(model: Any) -> JudgeSpec | None:
+    """The judge's spec inside a loaded model (a `llama_model` pointer)."""
+    get_value, key = quiet_llama().llama_model_meta_val_str, SPEC_KEY.encode()
+    length = get_value(model, key, None, 0)
+    if length < 0:
+        return None
+    buffer = ctypes.create_string_buffer(length + 1)
+    get_value(model, key, buffer, len(buffer))
+    return JudgeSpec.from_json(buffer.value.decode("utf-8"))
+
+
+class Context:
+    """The memory of `sequences` numbered sequences of up to `length` tokens each.
+
+    `threads`: None for all CPUs in reach. `flash_attention`: None leaves the choice to llama.cpp.
+    `cache_type`: a type of llama.cpp, such as "f16", "f32" or "q8_0".
+
+    Raises:
+        ValueError: fewer than one sequence.
+        RuntimeError: llama.cpp can't hold that much.
+    """
+
+    def __init__(self, model: Any, sequences: int, length: int, *, threads: int | None = None,
+                 flash_attention: bool | None = None, cache_type: str = "f16"):
+        self._llama = llama = quiet_llama()
+        self.pointer = None
+        if sequences < 1:
+            raise ValueError(f"parallel must be at least 1, got {sequences}")
+        params = llama.llama_context_default_params()
+        params.n_seq_max = params.n_outputs_max = sequences
+        params.n_ctx = sequences * length
+        params.n_batch = params.n_ubatch = self.batch_size = max(BATCH_TOKENS, sequences)
+        params.n_threads = params.n_threads_batch = threads or _usable_cpus()
+        params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{cache_type.upper()}")
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        params.kv_unified = False
+        self.pointer = llama.llama_init_from_model(model, params)
+        if not self.pointer:
+            raise RuntimeError(f"llama.cpp can't hold {sequences} sequences of {length} tokens: "
+                               "lower parallel or context_length")
+        self._memory = llama.llama_get_memory(self.pointer)
+        self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._llama.llama_memory_clear(self._memory, False)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make a sequence the same as another; whole, as llama.cpp can't copy a part of one."""
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds from position `length` on."""
+        self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int],
+               outputs: Sequence[int]) -> None:
+        """Run one batch: each token at its position of its sequence; `outputs` rows get logits.
+
+        Raises:
+            RuntimeError: llama.cpp failed.
+        """
+        size = len(tokens)
+        integers, pointers = ctypes.c_int32 * size, ctypes.POINTER(ctypes.c_int32) * size
+        logits = (ctypes.c_int8 * size)()
+        for row in outputs:
+            logits[row] = True
+        batch = self._llama.llama_batch(
+            size, integers(*tokens), None, integers(*positions), integers(*[1] * size),
+            pointers(*map(_sequence_pointer, sequences)), logits)
+        if self._llama.llama_decode(self.pointer, batch):
+            raise RuntimeError(f"llama.cpp could not decode a batch of {size} tokens")
+
+    def logits(self, row: int) -> np.ndarray:
+        """The logits (V,) after a row of the last batch, valid until the next one."""
+        logits = self._llama.llama_get_logits_ith(self.pointer, row)
+        return np.ctypeslib.as_array(logits, shape=self._logits_shape)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self.pointer:
+            self._llama.llama_free(self.pointer)
+        self.pointer = None
+
+
+class Sampler:
+    """llama.cpp's samplers, in the order of transformers, for one sequence of generated tokens."""
+
+    def __init__(self, sampling: Sampling, vocabulary_size: int, seed: int):
+        self._llama = llama = quiet_llama()
+        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        for sampler in (
+            llama.llama_sampler_init_penalties(
+                vocabulary_size, sampling.max_new_tokens, sampling.repetition_penalty, 0, 0),
+            llama.llama_sampler_init_temp(sampling.temperature),
+            llama.llama_sampler_init_top_p(sampling.top_p, 1),
+            # The one seed left out would mean a random one.
+            llama.llama_sampler_init_dist(seed % 0xFFFFFFFF),
+        ):
+            llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def sample(self, context: Context, row: int) -> int:
+        """The next token, after a row of the context's last batch."""
+        return self._llama.llama_sampler_sample(self._chain, context.pointer, row)
+
+    def __del__(self) -> None:
+        self._llama.llama_sampler_free(self._chain)
+
+
+@cache
+def _sequence_pointer(sequence: int) -> Any:
+    return ctypes.pointer(ctypes.c_int32(sequence))
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
