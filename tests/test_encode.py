@@ -1,0 +1,144 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import SHARED, VOCABULARIES, load_tokenizer
+
+from tract_lite.encode import Unusable, collate, encode_record, encode_records
+from tract_lite.loss import IGNORE_INDEX
+from tract_lite.prompt import cut_reasoning, make_spec, prompt_ids
+from tract_lite.records import Record, Rubric, read_records
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import MARKER
+from tract_lite.vocabulary import TransformersVocabulary
+
+RECORD = Record("Add 2 and 2.", "It is 4.", Rubric("Is it right?", {"1": "No.", "5": "Yes."}),
+                score=4.0, feedback="It names 4 steps. So the overall score is 4. [RESULT] 4")
+everywhere = pytest.mark.parametrize("name", VOCABULARIES)
+
+
+def load(name: str, **fields):
+    tokenizer = load_tokenizer(name)
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), **fields), TransformersVocabulary(tokenizer)
+
+
+@everywhere
+def test_reasoning_marker_label_and_end_are_supervised_and_nothing_else(name):
+    spec, vocabulary = load(name)
+    batch = collate([encode_record(RECORD, spec, vocabulary)], pad_id=0)
+    supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
+    expected = [*vocabulary.encode("It names 4 steps."), *spec.marker_ids, spec.label_ids[3], spec.eos_id]
+    assert supervised == expected, f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
+
+
+@everywhere
+def test_training_reads_the_ids_that_judging_meets(name):
+    spec, vocabulary = load(name)
+    example = encode_record(RECORD, spec, vocabulary)
+    reasoning, complete = cut_reasoning(example.ids[example.prompt_length:], spec, vocabulary)
+    judged = [*prompt_ids(RECORD, spec, vocabulary), *reasoning, *spec.marker_ids]
+    assert complete and example.ids[: example.score_position] == judged
+    assert example.ids[example.score_position:] == [spec.label_ids[3], spec.eos_id]
+
+
+@everywhere
+def test_specials_in_a_record_never_move_the_score_position(name):
+    spec, vocabulary = load(name, max_length=10**6)
+    nasty = " ".join([*vocabulary.specials, "</s>", "<|eot_id|>", "[INST]", f"{MARKER} 1", "4"])
+    feedback = nasty.replace(MARKER, "")
+    record = Record(nasty, nasty, Rubric(nasty), nasty, score=2.0, feedback=feedback)
+    example = encode_record(record, spec, vocabulary)
+    assert example.score_position == len(example.ids) - 2
+    assert example.ids[-2:] == [spec.label_ids[1], spec.eos_id]
+    specials = set(vocabulary.specials.values())
+    in_chat = [piece for piece in spec.chat if isinstance(piece, int)]
+    assert [i for i in example.ids[:-1] if i in specials] == in_chat
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(), max_size=40), st.text(st.characters(), min_size=1, max_size=40))
+def test_any_text_is_encoded_or_refused_with_a_reason(response, feedback):
+    spec, vocabulary = load("qwen2")
+    try:
+        example = encode_record(replace(RECORD, response=response, feedback=feedback), spec, vocabulary)
+    except Unusable as reason:
+        assert str(reason) == "no reasoning"
+    else:
+        assert example.ids[-2:] == [spec.label_ids[3], spec.eos_id]
+
+
+@everywhere
+def test_lone_surrogates_do_not_stop_training(name):
+    spec, vocabulary = load(name)
+    assert encode_record(replace(RECORD, response="\ud800", feedback="a \udfff"), spec, vocabulary)
+
+
+def test_a_reasoning_given_as_ids_is_taken_as_it_is():
+    spec, vocabulary = load("trained")
+    ids = tuple(vocabulary.encode("an odd")[::-1])
+    example = encode_record(replace(RECORD, feedback_ids=ids), spec, vocabulary)
+    start = example.prompt_length
+    assert tuple(example.ids[start : start + len(ids)]) == ids
+    assert example.ids[start + len(ids) : -2] == list(spec.marker_ids)
+
+
+@pytest.mark.parametrize("score, label", [(1, 0), (2.4, 1), (2.5, 1), (2.6, 2), (5, 4)])
+def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score, label):
+    spec, vocabulary = load("trained")
+    example = encode_record(replace(RECORD, score=score), spec, vocabulary)
+    assert example.target == score
+    assert example.ids[example.score_position] == spec.label_ids[label]
+
+
+@pytest.mark.parametrize("fields, reason", [
+    ({"score": None}, "no gold score"),
+    ({"score": 6.0}, "outside the scale"),
+    ({"score": math.nan}, "outside the scale"),
+    ({"feedback": None}, "no reasoning"),
+    ({"feedback": "So the overall score is 4."}, "no reasoning"),
+    ({"feedback": f"{MARKER} 3, but it is 4 in truth."}, "marker stands inside"),
+    ({"rubric": None}, "rubric"),
+    ({"response": "long " * 1000}, "longer than 600 tokens"),
+])
+def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reason):
+    spec, vocabulary = load("trained", max_length=600)
+    bad = replace(RECORD, **fields)
+    examples, dropped = encode_records([bad, RECORD, bad], spec, vocabulary)
+    assert len(examples) == 1
+    assert [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
+
+
+def test_a_sequence_that_just_fits_is_kept_whole():
+    spec, vocabulary = load("trained")
+    length = len(encode_record(RECORD, spec, vocabulary).ids)
+    assert len(encode_record(RECORD, replace(spec, max_length=length), vocabulary).ids) == length
+    with pytest.raises(Unusable, match="longer"):
+        encode_record(RECORD, replace(spec, max_length=length - 1), vocabulary)
+
+
+def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
+    spec, vocabulary = load("trained")
+    short, long = (encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9))
+    batch = collate([short, long], pad_id=7)
+    n, longest = len(short.ids), len(long.ids)
+    assert n < longest and batch["input_ids"].shape == (2, longest)
+    assert batch["input_ids"][0].tolist() == short.ids + [7] * (longest - n)
+    assert batch["attention_mask"][0].tolist() == [1] * n + [0] * (longest - n)
+    assert (batch["labels"][0, n:] == IGNORE_INDEX).all()
+    assert batch["input_ids"][1].tolist() == long.ids
+    assert batch["score_positions"].tolist() == [n - 2, longest - 2]
+    assert batch["targets"].dtype == torch.float32
+
+
+def test_all_pairs_of_a_real_benchmark_are_encoded():
+    spec, vocabulary = load("qwen2", max_length=3000)
+    pairs = [pair for record in read_records(SHARED / "data" / "vicuna_eval.json")
+             for pair in record.pairs()]
+    examples, dropped = encode_records(pairs, spec, vocabulary)
+    assert (len(pairs), len(examples), dropped) == (960, 960, {})
+    for pair, example in zip(pairs[::97], examples[::97]):
+        written = vocabulary.decode(example.ids[example.prompt_length : example.score_position])
+        assert written == f"{pair.feedback.strip()} {MARKER} "

@@ -1,0 +1,195 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import WritingEngine, load_tokenizer, make_family, make_sentences, make_spm
+
+from tract_lite.judge import Judge
+from tract_lite.prompt import make_spec, prompt_ids
+from tract_lite.records import Record, Rubric
+from tract_lite.sampling import Sample
+from tract_lite.scale import ScoreScale
+from tract_lite.seed import load_seed
+from tract_lite.spec import Sampling
+from tract_lite.vocabulary import TransformersVocabulary
+
+VALUES = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+class FixedEngine(WritingEngine):
+    """Gives the label probabilities it is told, one row for each sample."""
+
+    def __init__(self, spec, vocabulary, rows):
+        super().__init__(spec, vocabulary)
+        self.rows = rows
+
+    def run(self, tasks):
+        for index, task in enumerate(tasks):
+            yield index, [Sample([5], False, np.log(row)) for row in self.rows[: len(task.seeds)]]
+
+
+def make_engine(kind=WritingEngine, *arguments):
+    tokenizer = load_tokenizer("trained")
+    spec = make_spec(tokenizer, ScoreScale.integers(1, 5))
+    return kind(spec, TransformersVocabulary(tokenizer), *arguments)
+
+
+def make_records(*texts: str) -> list[Record]:
+    return [Record(prompt=text, id=f"id {n}") for n, text in enumerate(texts)]
+
+
+def judge_fixed(*rows, n_cot=1):
+    return Judge(make_engine(FixedEngine, rows)).score(make_records("x")[0], n_cot=n_cot)
+
+
+def test_score_is_the_expectation_and_mass_what_the_labels_hold():
+    judgement = judge_fixed([0.1, 0.1, 0.2, 0.3, 0.1])
+    assert judgement.score == pytest.approx(0.1 + 0.2 + 0.6 + 1.2 + 0.5)
+    assert judgement.mass == pytest.approx(0.8)
+    assert judgement.probabilities == pytest.approx({"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.3, "5": 0.1})
+    assert judgement.scores == [pytest.approx(judgement.score)]
+
+
+def test_std_and_mode_are_those_of_the_label_distribution():
+    row = np.array([0.1, 0.1, 0.2, 0.3, 0.1])
+    judgement = judge_fixed(row)
+    p = row / row.sum()
+    assert judgement.mode == 4.0
+    assert judgement.std == pytest.approx(math.sqrt(p @ (VALUES - p @ VALUES) ** 2))
+    assert judge_fixed([1e-12, 1e-12, 1, 1e-12, 1e-12]).std == pytest.approx(0, abs=1e-5)
+
+
+def test_several_reasonings_are_averaged():
+    rows = [[0.7, 0.1, 0.1, 0.05, 0.05], [0.05, 0.05, 0.1, 0.1, 0.6]]
+    judgement = judge_fixed(*rows, n_cot=2)
+    assert judgement.scores == pytest.approx([row @ VALUES for row in np.array(rows)])
+    assert judgement.score == pytest.approx(np.mean(judgement.scores))
+    assert list(judgement.probabilities.values()) == pytest.approx(np.mean(rows, axis=0))
+    assert judgement.mode == 1.0 and len(judgement.feedback) == 2
+
+
+def test_labels_without_any_probability_give_a_judgement_all_the_same():
+    with np.errstate(all="ignore"):
+        judgement = judge_fixed([0.0] * 5)
+    assert judgement.mass == 0 and judgement.score == 0 and math.isnan(judgement.std)
+    assert json.loads(json.dumps(judgement.to_row(), allow_nan=False))["std"] is None
+
+
+def test_low_mass_is_reported_once_for_all(caplog):
+    list(Judge(make_engine(WritingEngine, 0.4)).score_many(make_records(*"abc")))
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("3 of 3 judgements")
+
+
+def test_enough_mass_is_not_reported(caplog):
+    list(Judge(make_engine()).score_many(make_records(*"abc")))
+    assert not caplog.records
+
+
+BAD = {1: "a LONG one", 4: None, 5: "LONG", 10: None}
+
+
+def make_mixed(count: int = 11) -> list[Record]:
+    """Records of which some can't be judged: too long for the engine, or without a prompt."""
+    texts = [BAD.get(n, f"text {n}") for n in range(count)]
+    return [Record(prompt=text, response="x", id=str(n)) for n, text in enumerate(texts)]
+
+
+def test_judgements_come_in_order_with_errors_and_none_is_lost():
+    judgements = list(Judge(make_engine()).score_many(iter(make_mixed())))
+    assert [judgement.id for judgement in judgements] == [str(n) for n in range(11)]
+    assert {n for n, judgement in enumerate(judgements) if judgement.error} == set(BAD)
+    assert all(math.isnan(judgement.score) == bool(judgement.error) for judgement in judgements)
+    assert "rubric" in judgements[4].error and judgements[5].error == "too long"
+
+
+def test_records_that_are_all_unusable_give_an_error_each():
+    records = [Record(response="x", id=str(n)) for n in range(3)]
+    judgements = list(Judge(make_engine()).score_many(records))
+    assert [judgement.id for judgement in judgements] == ["0", "1", "2"]
+    assert all(judgement.error for judgement in judgements)
+
+
+def test_no_records_give_no_judgements():
+    assert list(Judge(make_engine()).score_many([])) == []
+
+
+def test_records_are_taken_as_they_are_needed():
+    taken = []
+    judgements = Judge(make_engine()).score_many(taken.append(r) or r for r in make_records(*"abcdefghijkl"))
+    next(judgements)
+    assert len(taken) < 12
+
+
+@pytest.mark.parametrize("n_cot", [0, -1])
+def test_an_item_without_any_reasoning_is_an_error_and_is_not_lost(n_cot):
+    judge = Judge(make_engine())
+    assert all(judgement.error for judgement in judge.score_many(make_records("a", "b"), n_cot=n_cot))
+    given = list(judge.score_many(make_records("a", "b"), reasonings=[[], [[5]]]))
+    assert [bool(judgement.error) for judgement in given] == [True, False]
+
+
+def test_a_single_record_that_can_t_be_judged_raises_its_error():
+    with pytest.raises(ValueError, match="too long"):
+        Judge(make_engine()).score(Record(prompt="LONG"))
+
+
+def test_lone_surrogates_are_judged():
+    assert math.isfinite(Judge(make_engine()).score(Record(prompt="a \ud83d b")).score)
+
+
+def test_a_sample_depends_on_seed_record_and_number_alone():
+    judge = Judge(make_engine())
+    records = make_records(*"abcdef")
+    many = list(judge.score_many(records, n_cot=2))
+    assert [judge.score(record, n_cot=2) for record in records] == many
+    assert [j.scores for j in judge.score_many(records[::-1], n_cot=2)][::-1] == [j.scores for j in many]
+    assert [j.scores[0] for j in many] == pytest.approx([j.score for j in judge.score_many(records)])
+    assert judge.score(records[0], seed=1).score != judge.score(records[0]).score
+    assert len({score for judgement in many for score in judgement.scores}) == 12
+
+
+def test_given_reasonings_are_read_instead_of_sampled():
+    engine = make_engine()
+    given = [[[7, 8], [9]], [[10]]]
+    judgements = list(Judge(engine).score_many(make_records("a", "b"), reasonings=given))
+    assert [judgement.feedback_ids for judgement in judgements] == given
+    assert [len(judgement.scores) for judgement in judgements] == [2, 1]
+
+
+def test_the_prompt_of_a_record_is_the_one_of_training():
+    engine = make_engine()
+    record = Record("Add 2 and 2.", "It is 4.", Rubric("Is it right?"), id="1")
+    Judge(engine).score(record)
+    assert engine.prompts == [engine.vocabulary.decode(prompt_ids(record, engine.spec, engine.vocabulary))]
+
+
+def test_feedback_is_the_text_of_its_ids_and_truncation_is_told():
+    engine = make_engine()
+    cut, whole = Judge(engine).score_many(make_records("CUT", "x"))
+    assert cut.truncated and not whole.truncated
+    assert whole.feedback == [engine.vocabulary.decode(whole.feedback_ids[0]).strip()]
+
+
+def test_a_judgement_is_a_row_of_json():
+    good, bad = Judge(make_engine()).score_many(make_records("x", "LONG"))
+    row = json.loads(json.dumps(good.to_row(), allow_nan=False))
+    assert row["score"] == good.score and row["probabilities"] == good.probabilities
+    row = json.loads(json.dumps(bad.to_row(), allow_nan=False))
+    assert row["score"] is None and row["error"] == "too long" and row["id"] == "id 1"
+
+
+def test_a_merged_folder_is_a_judge_and_closing_frees_it(tmp_path):
+    folder = make_family(tmp_path / "model", make_spm(tmp_path / "spm", make_sentences()), "llama")
+    _, tokenizer = load_seed(folder, False, backend="transformers")
+    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=200,
+                     sampling=Sampling(max_new_tokens=5))
+    spec.save(folder)
+    with Judge.from_pretrained(folder, batch_size=2) as judge:
+        judgements = list(judge.score_many(make_records("The answer.", "is " * 300, "kind"), n_cot=2))
+        assert [bool(judgement.error) for judgement in judgements] == [False, True, False]
+        assert 0 < judgements[0].mass < 1 and len(judgements[0].feedback) == 2
+    assert judge.engine.model is None
+    assert Judge.from_pretrained(folder, replace(spec, max_length=50)).spec.max_length == 50

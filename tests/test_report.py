@@ -1,0 +1,100 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from tract_lite.jsonl import append_rows
+from tract_lite.metrics import evaluate
+from tract_lite.report import write_report
+
+GOLDS = [1.0, 2.0, 3.0, 4.0, 5.0] * 4
+SCORES = [1.5, 1.8, 3.4, 3.6, 4.9] * 4
+
+
+def write_stage(run, name):
+    (run / name).mkdir()
+    log = [{"step": step, "ce": 2 / step, "raft": 1 / step} for step in (1, 2, 3)]
+    content = {"log": [*log, {"step": 3, "train_runtime": 9.0}]}
+    (run / name / "stage.json").write_text(json.dumps(content))
+
+
+def write_judgements(run, golds=GOLDS, scores=SCORES):
+    append_rows(run / "judgements.jsonl", [
+        {"id": str(n), "score": score, "gold": gold}
+        for n, (score, gold) in enumerate(zip(scores, golds))])
+
+
+def write_metrics(run):
+    figures = {"stage 1": evaluate(SCORES[::-1], GOLDS), "stage 2": evaluate(SCORES, GOLDS)}
+    (run / "metrics.json").write_text(json.dumps({
+        "rows": figures, "counts": {"training": 7, "dropped": {"no reasoning": 2}},
+        "parity": {"judge-q8_0.gguf": "20 records: 0 prompts with other ids"}}))
+
+
+def height_and_width(run):
+    return imread(run / "report.png").shape[:2]
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "my_run").mkdir()
+    return tmp_path / "my_run"
+
+
+def test_the_page_of_a_whole_run_holds_all_its_parts(run):
+    write_stage(run, "stage1")
+    write_stage(run, "stage2")
+    write_judgements(run)
+    write_metrics(run)
+    (run / "settings.json").write_text(json.dumps({"preset": "demo", "data": None}))
+    path = write_report(run)
+    page = path.read_text()
+    assert path == run / "report.md" and page.startswith("# my_run\n")
+    pearson = evaluate(SCORES, GOLDS)["pearson"]
+    assert f"| stage 2 |   {pearson:.3f} |" in page and "- stage 2: pearson" in page
+    assert "(report.png)" in page
+    assert '- dropped: {"no reasoning": 2}' in page and "0 prompts with other ids" in page
+    assert "- preset: demo\n- data: null" in page
+    height, width = height_and_width(run)
+    assert width > 1.5 * height and imread(run / "report.png").std() > 0.05
+
+
+@pytest.mark.parametrize("write", [
+    lambda run: write_stage(run, "stage1"), lambda run: write_stage(run, "stage2"),
+    write_judgements,
+])
+def test_one_part_alone_gives_a_figure_of_half_the_width(run, write):
+    write(run)
+    page = write_report(run).read_text()
+    height, width = height_and_width(run)
+    assert width < 1.5 * height
+    assert "##" not in page and "|" not in page
+
+
+def test_numbers_alone_give_a_page_without_a_figure(run):
+    write_metrics(run)
+    assert "report.png" not in write_report(run).read_text()
+    assert not (run / "report.png").exists()
+
+
+@pytest.mark.parametrize("golds, scores", [
+    ([3.0], [3.0]), ([2.5, 3.5], [1.0, None]), (list(range(100)), np.linspace(0, 99, 100)),
+])
+def test_any_gold_scores_can_be_drawn(run, golds, scores):
+    write_judgements(run, golds, scores)
+    write_report(run)
+    assert (run / "report.png").stat().st_size > 5000
+
+
+def test_failed_items_and_those_without_gold_are_not_drawn(run):
+    write_judgements(run, [1.0, None], [None, 2.0])
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report(run)
+
+
+def test_an_empty_or_missing_folder_is_refused(run):
+    for folder in (run, run / "none"):
+        with pytest.raises(ValueError, match="nothing to report"):
+            write_report(folder)
+    assert list(run.iterdir()) == []

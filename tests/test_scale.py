@@ -1,0 +1,90 @@
+import math
+
+import pytest
+from tiny import VOCABULARIES, load_tokenizer
+
+from tract_lite.scale import ScoreScale, find_score_tokens
+from tract_lite.spec import MARKER
+from tract_lite.vocabulary import TransformersVocabulary
+
+WORDS = {"trained": ("wrong", "short", "clear")}
+everywhere = pytest.mark.parametrize("name", VOCABULARIES)
+
+
+def vocabulary_of(name: str) -> TransformersVocabulary:
+    return TransformersVocabulary(load_tokenizer(name))
+
+
+@everywhere
+def test_marker_and_labels_are_the_tokens_of_the_written_text(name):
+    vocabulary = vocabulary_of(name)
+    scale = ScoreScale.integers(1, 5)
+    tokens = find_score_tokens(vocabulary, MARKER, scale)
+    assert len(set(tokens.labels)) == 5
+    for label, token in zip(scale.labels, tokens.labels):
+        ids = [*tokens.marker, token]
+        assert vocabulary.encode(f"Good. {MARKER} {label}")[-len(ids):] == ids
+        assert vocabulary.decode(ids).strip() == f"{MARKER} {label}"
+
+
+@everywhere
+def test_a_label_is_a_bare_digit_except_where_the_vocabulary_merges_the_space(name):
+    vocabulary = vocabulary_of(name)
+    tokens = find_score_tokens(vocabulary, MARKER, ScoreScale.integers(1, 5))
+    space = "Ġ" if name == "gpt-2" else ""
+    assert vocabulary.pieces(tokens.labels) == [f"{space}{n}" for n in range(1, 6)]
+
+
+@everywhere
+def test_word_labels_are_found(name):
+    vocabulary = vocabulary_of(name)
+    words = WORDS.get(name, ("poor", "fair", "good"))
+    tokens = find_score_tokens(vocabulary, MARKER, ScoreScale(words, (0.0, 0.5, 1.0)))
+    assert [vocabulary.decode([i]).strip() for i in tokens.labels] == list(words)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+def test_ten_is_a_label_where_it_is_one_token(name):
+    vocabulary = vocabulary_of(name)
+    tokens = find_score_tokens(vocabulary, MARKER, ScoreScale.integers(1, 10))
+    assert vocabulary.decode(tokens.labels[-1:]).strip() == "10"
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "qwen2", "trained"])
+def test_ten_is_refused_where_it_is_two_tokens_and_scales_that_fit_are_named(name):
+    with pytest.raises(ValueError, match="'10': .*'1', '0'.*scales that fit: 0 to 9, 1 to 5"):
+        find_score_tokens(vocabulary_of(name), MARKER, ScoreScale.integers(1, 10))
+
+
+@everywhere
+@pytest.mark.parametrize("labels", [
+    ("grade A", "grade B"), ("A+", "A-"), ("☃☃", "☂☂"), ("abracadabrant", "hocuspocusly"),
+])
+def test_labels_of_several_tokens_are_refused(name, labels):
+    with pytest.raises(ValueError, match="one token of its own"):
+        find_score_tokens(vocabulary_of(name), MARKER, ScoreScale(labels, (0, 1)))
+
+
+@pytest.mark.parametrize("labels, values", [
+    (("1",), (1,)), (("1", "2"), (1,)), (("1", "1"), (1, 2)), (("1", "2"), (1, 1)),
+    (("1", " 2"), (1, 2)), (("1", ""), (1, 2)), (("1", "2"), (1, math.nan)),
+    (("1", "2"), (1, math.inf)),
+])
+def test_a_scale_that_is_none_is_refused(labels, values):
+    with pytest.raises(ValueError):
+        ScoreScale(labels, values)
+
+
+def test_integers_include_both_ends():
+    assert ScoreScale.integers(0, 2) == ScoreScale(("0", "1", "2"), (0.0, 1.0, 2.0))
+
+
+def test_the_nearest_label_is_the_lower_one_of_two_in_any_order_of_values():
+    scale = ScoreScale.integers(1, 5)
+    assert [scale.nearest(score) for score in (-3, 1.4, 1.5, 1.6, 9)] == [0, 0, 0, 1, 4]
+    assert ScoreScale(("good", "bad"), (1, 0)).nearest(0.2) == 1
+
+
+def test_a_scale_contains_what_lies_between_its_ends_and_nothing_else():
+    scale = ScoreScale.integers(1, 5)
+    assert [scale.contains(x) for x in (1, 3.7, 5, 0.99, 5.01, math.nan)] == [True] * 3 + [False] * 3

@@ -1,0 +1,76 @@
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import VOCABULARIES, load_tokenizer
+
+from tract_lite.prompt import make_spec
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import SPEC_FILE, JudgeSpec, Sampling
+from tract_lite.vocabulary import TransformersVocabulary
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return make_spec(
+        load_tokenizer("trained"), ScoreScale.integers(1, 5), template="naïve {{ response }} 東京\n",
+        sampling=Sampling(temperature=0.3), max_length=77, base_model="a/b", method={"stage": 2},
+    )
+
+
+def changed(spec: JudgeSpec, **fields) -> str:
+    return json.dumps({**json.loads(spec.to_json()), **fields})
+
+
+def test_json_gives_the_same_spec_back(spec):
+    assert JudgeSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_saved_spec_is_found_by_its_file_and_by_its_folder(spec, tmp_path):
+    spec.save(tmp_path)
+    assert JudgeSpec.load(tmp_path) == JudgeSpec.load(tmp_path / SPEC_FILE) == spec
+
+
+def test_a_folder_without_a_spec_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ValueError, match=SPEC_FILE):
+        JudgeSpec.load(tmp_path)
+
+
+def test_a_newer_format_is_refused_with_a_way_out(spec):
+    with pytest.raises(ValueError, match="newer tract-lite"):
+        JudgeSpec.from_json(changed(spec, format=99))
+
+
+@pytest.mark.parametrize("text", [
+    "", "no JSON", "null", "[]", "3", '"x"', "{}", '{"format": 1}', '{"format": "1"}',
+])
+def test_garbage_is_refused_with_words(text):
+    with pytest.raises(ValueError, match="not a readable judge spec"):
+        JudgeSpec.from_json(text)
+
+
+@pytest.mark.parametrize("fields", [
+    {"surprise": 1}, {"scale": None}, {"scale": {"labels": ["1"], "values": [1]}},
+    {"sampling": {"heat": 1}}, {"chat": None}, {"label_ids": 5},
+])
+def test_an_unknown_or_broken_field_is_refused_with_words(spec, fields):
+    with pytest.raises(ValueError, match="not a readable judge spec"):
+        JudgeSpec.from_json(changed(spec, **fields))
+
+
+def test_every_vocabulary_accepts_its_own_spec_and_no_other():
+    vocabularies = [TransformersVocabulary(load_tokenizer(name)) for name in VOCABULARIES]
+    for vocabulary in vocabularies:
+        spec = make_spec(vocabulary.tokenizer, ScoreScale.integers(1, 5))
+        for other in vocabularies:
+            if other is vocabulary:
+                spec.check_vocabulary(other)
+            else:
+                with pytest.raises(ValueError, match="not the one the judge was trained with"):
+                    spec.check_vocabulary(other)
+
+
+def test_a_moved_label_is_refused(spec):
+    moved = replace(spec, label_ids=(*spec.label_ids[1:], spec.label_ids[0]))
+    with pytest.raises(ValueError, match="spell"):
+        moved.check_vocabulary(TransformersVocabulary(load_tokenizer("trained")))

@@ -1,0 +1,188 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_llama, make_sentences, make_spm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tract_lite.prompt import cut_reasoning, make_spec
+from tract_lite.sampling import Task
+from tract_lite.scale import ScoreScale
+from tract_lite.seed import add_lora, load_seed
+from tract_lite.spec import Sampling
+from tract_lite.torch_engine import TransformersEngine
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torch_engine")
+    return make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def spec(tokenizer):
+    """A marker so short that a random model writes it now and then."""
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), marker="the", max_length=128,
+                     sampling=Sampling(max_new_tokens=LENGTH))
+
+
+def make_tasks(spec, tokenizer, count: int = 11, samples: int = 2) -> list[Task]:
+    """Tasks with prompts of very different lengths."""
+    sentences = make_sentences(2 * count, seed=3)
+    return [Task([1, *tokenizer(" ".join(sentences[n : 2 * n + 1]), add_special_tokens=False)["input_ids"]][:90],
+                 [100 * n + k for k in range(samples)]) for n in range(count)]
+
+
+def answers_of(engine, tasks) -> list:
+    answers = dict(engine.run(tasks))
+    return [answers[index] for index in range(len(tasks))]
+
+
+def sampled_with(model, tokenizer, spec, prompt, seeds=(1,), **sampling) -> list[list[int]]:
+    spec = replace(spec, sampling=replace(spec.sampling, **sampling))
+    [(_, samples)] = TransformersEngine(model, tokenizer, spec, 8).run([Task(prompt, list(seeds))])
+    return [sample.reasoning for sample in samples]
+
+
+@torch.no_grad()
+def greedy(model, spec, engine, prompt, penalty=1.0, count_prompt=False) -> list[int]:
+    """The most likely reasoning, token by token, without batch or cache."""
+    ids = list(prompt)
+    for _ in range(spec.sampling.max_new_tokens):
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        for token in set(ids if count_prompt else ids[len(prompt):]):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        ids.append(logits.argmax().item())
+    return cut_reasoning(ids[len(prompt):], spec, engine.vocabulary)[0]
+
+
+def test_a_sample_does_not_depend_on_the_others_in_its_batch(model, tokenizer, spec):
+    tasks = make_tasks(spec, tokenizer)
+    alone = answers_of(TransformersEngine(model, tokenizer, spec, 1), tasks)
+    for batch_size, order in ((4, tasks), (16, tasks[::-1])):
+        together = answers_of(TransformersEngine(model, tokenizer, spec, batch_size), order)
+        for one, other in zip(alone, together if order is tasks else together[::-1]):
+            for sample, twin in zip(one, other, strict=True):
+                assert (sample.reasoning, sample.truncated) == (twin.reasoning, twin.truncated)
+                np.testing.assert_allclose(
+                    sample.label_log_probabilities, twin.label_log_probabilities, atol=1e-3)
+    written = [tuple(sample.reasoning) for samples in alone for sample in samples]
+    assert len(set(written)) > len(written) // 2
+    ends = [sample.truncated for samples in alone for sample in samples]
+    assert any(ends) and not all(ends)
+
+
+def test_the_same_seed_gives_the_same_sample_and_another_one_another(model, tokenizer, spec):
+    task = make_tasks(spec, tokenizer)[3]
+    first, again, other = sampled_with(model, tokenizer, spec, task.prompt, (5, 5, 6), top_p=1.0)
+    assert first == again != other
+
+
+def test_temperature_zero_is_greedy(model, tokenizer, spec):
+    engine = TransformersEngine(model, tokenizer, spec)
+    for task in make_tasks(spec, tokenizer, 4):
+        [found] = sampled_with(model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.0)
+        assert found == greedy(model, spec, engine, task.prompt)
+
+
+def test_the_repetition_penalty_counts_generated_tokens_only(model, tokenizer, spec):
+    engine = TransformersEngine(model, tokenizer, spec)
+    differs = 0
+    for task in make_tasks(spec, tokenizer, 6):
+        [found] = sampled_with(model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.5)
+        assert found == greedy(model, spec, engine, task.prompt, penalty=1.5)
+        differs += found != greedy(model, spec, engine, task.prompt, penalty=1.5, count_prompt=True)
+    assert differs  # else the test could not tell
+
+
+def test_the_sampling_defaults_of_the_seed_do_not_mix_in(model, tokenizer, spec):
+    """Qwen2 seeds ship a repetition penalty, which transformers applies unasked."""
+    task = make_tasks(spec, tokenizer)[3]
+    expected = sampled_with(model, tokenizer, spec, task.prompt, range(4))
+    before = model.generation_config
+    model.generation_config = type(before)(repetition_penalty=2.0, no_repeat_ngram_size=1, min_new_tokens=9)
+    try:
+        assert sampled_with(model, tokenizer, spec, task.prompt, range(4)) == expected
+        assert model.generation_config.repetition_penalty == 2.0
+    finally:
+        model.generation_config = before
+
+
+def test_tokens_are_drawn_with_their_probabilities(model, tokenizer, spec):
+    """400 draws; a count 5 standard deviations off has a chance of one in a million."""
+    prompt = make_tasks(spec, tokenizer)[2].prompt
+    with torch.no_grad():
+        p = (model(torch.tensor([prompt])).logits[0, -1].double() / 3).softmax(-1)
+    drawn = sampled_with(model, tokenizer, spec, prompt, range(400), temperature=3.0, top_p=1.0, max_new_tokens=1)
+    for token in p.topk(3).indices.tolist():
+        mean, deviation = 400 * p[token], (400 * p[token] * (1 - p[token])).sqrt()
+        assert abs(drawn.count([token]) - mean) < 5 * deviation
+
+
+def test_a_small_top_p_leaves_the_most_likely_token(model, tokenizer, spec):
+    prompt = make_tasks(spec, tokenizer)[2].prompt
+    drawn = sampled_with(model, tokenizer, spec, prompt, range(20), temperature=3.0, top_p=1e-9, max_new_tokens=3)
+    assert drawn == [drawn[0]] * 20
+
+
+def test_given_reasonings_are_read_and_not_sampled(model, tokenizer, spec):
+    tasks = [replace(task, reasonings=[[5, 6, 7 + n], [9] * (n + 1)])
+             for n, task in enumerate(make_tasks(spec, tokenizer))]
+    for task, samples in zip(tasks, answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)):
+        for reasoning, sample in zip(task.reasonings, samples, strict=True):
+            with torch.no_grad():
+                ids = torch.tensor([[*task.prompt, *reasoning, *spec.marker_ids]])
+                expected = model(ids).logits[0, -1].double().log_softmax(-1)[list(spec.label_ids)]
+            assert sample.reasoning == reasoning and not sample.truncated
+            np.testing.assert_allclose(sample.label_log_probabilities, expected, atol=1e-4)
+
+
+def test_a_reasoning_that_fills_its_limit_is_truncated(model, tokenizer, spec):
+    tasks = make_tasks(spec, tokenizer)
+    for samples in answers_of(TransformersEngine(model, tokenizer, spec, 8), tasks):
+        for sample in samples:
+            assert len(sample.reasoning) == LENGTH if sample.truncated else len(sample.reasoning) < LENGTH
+
+
+def test_a_prompt_that_does_not_fit_is_answered_with_an_error_and_the_others_go_on(model, tokenizer, spec):
+    tasks = make_tasks(spec, tokenizer, 4)
+    tasks.insert(1, Task([1] + [5] * 200, [1, 2]))
+    answers = answers_of(TransformersEngine(model, tokenizer, spec, 2), tasks)
+    assert isinstance(answers[1], ValueError) and "128" in str(answers[1])
+    assert [len(answer) for n, answer in enumerate(answers) if n != 1] == [2] * 4
+
+
+def test_a_sequence_never_grows_beyond_the_spec_s_length(model, tokenizer, spec):
+    prompt = [1] + [5] * 110
+    written = sampled_with(model, tokenizer, spec, prompt, range(8), max_new_tokens=100)
+    longest = max(map(len, written))
+    assert len(prompt) + longest + len(spec.marker_ids) + 2 == spec.max_length
+
+
+def test_a_4_bit_seed_with_an_adapter_answers_too(folder, spec):
+    model, tokenizer = load_seed(folder, backend="transformers")
+    model.generation_config.repetition_penalty = 2.0
+    tasks = make_tasks(spec, tokenizer, 3)
+    seed = answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)
+    adapted = answers_of(TransformersEngine(add_lora(model), tokenizer, spec, 4), tasks)
+    for one, other in zip(seed, adapted):
+        assert [sample.reasoning for sample in one] == [sample.reasoning for sample in other]
+    assert model.generation_config.repetition_penalty == 2.0
+
+
+def test_a_spec_of_another_vocabulary_is_refused(model, tokenizer, spec):
+    with pytest.raises(ValueError, match="not the one"):
+        TransformersEngine(model, tokenizer, replace(spec, pieces=("x",) * len(spec.pieces)))

@@ -1,0 +1,227 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_family, make_sentences, make_spm
+
+from tract_lite.encode import collate, encode_records
+from tract_lite.loss import cot_raft_loss
+from tract_lite.prompt import make_spec
+from tract_lite.records import Record
+from tract_lite.scale import ScoreScale
+from tract_lite.seed import add_lora, hidden_states, lm_head_weight, load_seed
+from tract_lite.spec import JudgeSpec
+from tract_lite.train import (
+    COMPLETE_FILE,
+    RESULT_FILE,
+    CotRaftTrainer,
+    LengthGroupedSampler,
+    TrainSettings,
+    newest_complete_checkpoint,
+    pick_learning_rate,
+    train_stage,
+)
+from tract_lite.vocabulary import TransformersVocabulary
+
+SHORT = dict(batch_size=4, micro_batch_size=2, learning_rate=1e-2, log_every=1, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return make_family(folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1)
+
+
+def make_records(count: int = 10) -> list[Record]:
+    """Responses whose first word tells the score."""
+    rng = random.Random(0)
+    words = ("wrong", "short", "kind", "clear", "right")
+    records = []
+    for n in range(count):
+        score = rng.randrange(5)
+        filler = " ".join(rng.choices(words, k=rng.randint(1, 9)))
+        records.append(Record(prompt=f"{words[score]} {filler}\n", score=score + 1.0,
+                              feedback=f"It is {words[score]}.", id=str(n)))
+    return records
+
+
+def load(seed: Path):
+    model, tokenizer = load_seed(seed, False, backend="transformers")
+    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
+    return add_lora(model), tokenizer, spec
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed, tmp_path):
+    model, tokenizer, spec = load(seed)
+    result = train_stage(model, tokenizer, make_records(16), spec, tmp_path,
+                         TrainSettings(batch_size=8, micro_batch_size=4, learning_rate=2e-2, max_steps=40,
+                                       log_every=10))
+    log = [entry for entry in result["log"] if "ce" in entry]
+    assert log[-1]["ce"] < 0.3 * log[0]["ce"]
+    assert log[-1]["score_mae"] < 0.5 * log[0]["score_mae"]
+    assert log[-1]["loss"] == pytest.approx(log[-1]["ce"] + log[-1]["raft"], rel=1e-3)
+    assert JudgeSpec.load(tmp_path / "adapter") == spec
+    assert json.loads((tmp_path / RESULT_FILE).read_text()) == json.loads(json.dumps(result))
+    assert result["examples"] == result["records"] == 16 and result["dropped"] == {}
+
+
+class PlainDescent(CotRaftTrainer):
+    """Gradient descent, which shows the scale of a gradient; Adam hides it."""
+
+    def create_optimizer(self, *_):
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=self.args.learning_rate)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("ce_on_score", [True, False])
+def test_the_micro_batch_size_changes_no_weight(seed, tmp_path, ce_on_score):
+    results = []
+    for size in (8, 4, 2, 1):
+        model, tokenizer, spec = load(seed)
+        examples, _ = encode_records(make_records(20), spec, TransformersVocabulary(tokenizer))
+        settings = TrainSettings(
+            batch_size=8, micro_batch_size=size, learning_rate=0.05, scheduler="constant",
+            warmup_ratio=0, max_grad_norm=1e9, epochs=1, save_every=100, log_every=1,
+            raft_weight=2.0, ce_on_score=ce_on_score)
+        trainer = PlainDescent(model, examples, spec, tokenizer, tmp_path / str(size), settings)
+        trainer.train()
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()
+                   if parameter.requires_grad}
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 3  # 8, 8 and 4 sequences
+        results.append((weights, losses))
+    (expected, expected_losses), *others = results
+    moved = max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name)
+    assert moved > 1e-2
+    for weights, losses in others:
+        assert losses == pytest.approx(expected_losses, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5 * moved)
+
+
+@pytest.mark.parametrize("ce_on_score", [True, False])
+def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed, tmp_path, ce_on_score):
+    model, tokenizer, spec = load(seed)
+    examples, _ = encode_records(make_records(8), spec, TransformersVocabulary(tokenizer))
+    batch = collate(examples, tokenizer.pad_token_id)
+    with torch.no_grad():
+        expected = cot_raft_loss(
+            hidden_states(model, batch["input_ids"], batch["attention_mask"]), lm_head_weight(model),
+            batch["labels"], batch["score_positions"], torch.tensor(spec.label_ids),
+            torch.tensor(spec.scale.values), batch["targets"], raft_weight=2.0, ce_on_score=ce_on_score)
+    settings = TrainSettings(batch_size=8, micro_batch_size=2, max_steps=1, log_every=1,
+                             raft_weight=2.0, ce_on_score=ce_on_score)
+    log = train_stage(model, tokenizer, make_records(8), spec, tmp_path, settings)["log"][0]
+    assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+    assert log["ce"] == pytest.approx(expected.ce.item(), rel=1e-4)
+    assert log["raft"] == pytest.approx(expected.raft.item(), rel=1e-4)
+    errors = (expected.predictions - batch["targets"]).abs()
+    assert log["score_mae"] == pytest.approx(errors.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_size", [3, 16])
+def test_a_batch_that_is_no_multiple_of_its_micro_batches_is_refused(micro_batch_size):
+    with pytest.raises(ValueError, match="multiple"):
+        TrainSettings(batch_size=8, micro_batch_size=micro_batch_size)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train import SHORT, load, make_records
+from tract_lite.train import CotRaftTrainer, TrainSettings, train_stage
+
+compute = CotRaftTrainer.compute_loss
+def compute_or_die(self, *args, **options):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute(self, *args, **options)
+CotRaftTrainer.compute_loss = compute_or_die
+
+model, tokenizer, spec = load(Path({seed!r}))
+train_stage(model, tokenizer, make_records(), spec, {out!r}, TrainSettings(save_every=2, **SHORT))
+"""
+
+
+def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(seed, tmp_path):
+    out = tmp_path / "killed"
+    code = KILLED.format(tests=str(Path(__file__).parent), seed=str(seed), out=str(out))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert Path(newest_complete_checkpoint(out)).name == "checkpoint-4"
+    # What a run killed while it saves leaves behind.
+    (out / "checkpoint-6").mkdir()
+    (out / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"half")
+
+    for folder in (out, tmp_path / "whole"):
+        model, tokenizer, spec = load(seed)
+        result = train_stage(model, tokenizer, make_records(), spec, folder,
+                             TrainSettings(save_every=2, **SHORT))
+    resumed, whole = adapter_of(out), adapter_of(tmp_path / "whole")
+    assert result["log"][-1]["step"] == 9
+    assert json.loads((out / RESULT_FILE).read_text())["log"][-1]["step"] == 9
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+def test_only_a_checkpoint_marked_complete_is_resumed_from(tmp_path):
+    assert newest_complete_checkpoint(tmp_path / "none") is None
+    for steps in (9, 10, 200):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+    assert newest_complete_checkpoint(tmp_path) is None
+    for steps in (9, 10):
+        (tmp_path / f"checkpoint-{steps}" / COMPLETE_FILE).touch()
+    assert Path(newest_complete_checkpoint(tmp_path)).name == "checkpoint-10"
+
+
+def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):
+    model, tokenizer, spec = load(seed)
+    bad = [Record(prompt="x", feedback="y"), Record(prompt="x", score=1.0),
+           Record(prompt="x", score=2.0), Record(response="x", score=2.0, feedback="y"),
+           Record(prompt="kind " * 200, score=2.0, feedback="y")]
+    result = train_stage(model, tokenizer, bad + make_records(4), spec, tmp_path,
+                         TrainSettings(max_steps=1))
+    assert result["records"] == 9 and result["examples"] == 4
+    assert sorted(result["dropped"].values()) == [1, 1, 1, 2]
+    assert result["dropped"]["no reasoning"] == 2
+    assert "2 of 9 records are dropped: no reasoning" in caplog.text
+
+
+def test_no_usable_record_is_an_error_with_the_reasons(seed, tmp_path):
+    model, tokenizer, spec = load(seed)
+    with pytest.raises(ValueError, match="out of 2: .*no gold score.*2"):
+        train_stage(model, tokenizer, [Record(prompt="x", feedback="y")] * 2, spec, tmp_path)
+    assert not (tmp_path / RESULT_FILE).exists()
+
+
+@pytest.mark.parametrize("asked, steps, expected", [
+    (None, 3000, 1e-5), (None, 25_000, 1e-5), (None, 2999, 2e-4), (None, 1, 2e-4), (3e-3, 25_000, 3e-3),
+])
+def test_the_learning_rate_is_the_one_asked_for_or_fits_the_steps(asked, steps, expected):
+    rate, reason = pick_learning_rate(TrainSettings(learning_rate=asked), steps)
+    assert rate == expected and reason
+
+
+def test_the_order_depends_on_seed_and_epoch_alone_and_misses_nothing():
+    def order(seed, epoch):
+        sampler = LengthGroupedSampler([n % 7 for n in range(40)], 4, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(40))
+    assert order(0, 0) == order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(5, 0)

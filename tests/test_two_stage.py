@@ -1,0 +1,112 @@
+"""The recipe from end to end, at its demo size and on a slice of real data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import demo_task
+import two_stage
+from tiny import SHARED, make_llama
+from tract_lite import JudgeSpec
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    two_stage.main(["--preset", "demo", "--out", str(out)])
+    return out
+
+
+def rows_of(run: Path) -> dict[str, dict]:
+    return json.loads((run / "metrics.json").read_text())["rows"]
+
+
+def test_the_example_is_the_same_for_the_same_seed_number() -> None:
+    assert demo_task.make_items(5, 7) == demo_task.make_items(5, 7)
+    assert demo_task.make_items(5, 7) != demo_task.make_items(5, 8)
+
+
+def test_gold_scores_of_the_example_are_drawn_around_the_stated_mean() -> None:
+    items = demo_task.make_items(20_000, 5)
+    errors = [item.record.score - item.mean for item in items]
+    variance = demo_task.CHANCE * (1 - demo_task.CHANCE) * demo_task.TIPS / 3
+    assert abs(sum(errors) / len(errors)) < 4 * math.sqrt(variance / len(errors))
+    assert math.isclose(sum(e * e for e in errors) / len(errors), variance, rel_tol=0.05)
+
+
+def test_the_demo_judge_comes_near_the_best_possible_one(demo_run: Path) -> None:
+    rows = rows_of(demo_run)
+    best = rows["true mean (best possible)"]["rmse"]
+    judge, most_likely = (rows[f"judge-f16.gguf, {reading}"]
+                          for reading in ("CoT-RAIL", "most likely label"))
+    assert judge["count"] >= 1000
+    assert judge["rmse"] <= 1.15 * best
+    assert judge["rmse"] <= 0.95 * most_likely["rmse"]
+    assert rows["stage 2, CoT-RAIL"]["rmse"] < rows["stage 1, CoT-RAIL"]["rmse"]
+
+
+def test_the_demo_judge_is_the_same_in_gguf_and_in_transformers(demo_run: Path) -> None:
+    parity = json.loads((demo_run / "metrics.json").read_text())["parity"]["judge-f16.gguf"]
+    assert parity["different_prompts"] == 0
+    assert parity["mean_difference"] <= 0.01
+    assert parity["largest_difference"] <= 0.05
+
+
+def test_a_run_folder_holds_what_a_user_looks_for(demo_run: Path) -> None:
+    for name in ("settings.json", "log.txt", "counts.json", "metrics.json", "report.md",
+                 "judgements.jsonl", "self_generated.jsonl", "judge-f16.gguf", "judge-q8_0.gguf",
+                 "stage1/adapter/adapter_model.safetensors", "merged/config.json"):
+        assert (demo_run / name).exists(), name
+    assert JudgeSpec.load(demo_run / "merged").base_model
+
+
+def test_a_second_call_does_nothing_twice(demo_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo_run.rglob("*.safetensors")}
+    two_stage.main(["--preset", "demo", "--out", str(demo_run)])
+    assert before == {path: path.stat().st_mtime_ns for path in demo_run.rglob("*.safetensors")}
+
+
+def test_a_run_folder_of_other_settings_is_refused(demo_run: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        two_stage.main(["--preset", "demo", "--epochs", "3", "--out", str(demo_run)])
+    assert stopped.value.code == 2
+
+
+def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
+    rows = json.loads((SHARED / "data" / "vicuna_eval.json").read_text())[:8]
+    (tmp_path / "slice.json").write_text(json.dumps(rows))
+    seed = make_llama(tmp_path / "seed", SHARED / "tokenizers" / "qwen2", context=4096)
+    two_stage.main(["--preset", "demo", "--data", str(tmp_path / "slice.json"),
+                    "--seed-model", str(seed), "--out", str(tmp_path / "run"),
+                    "--quantization", "f16"])
+    counts = json.loads((tmp_path / "run" / "counts.json").read_text())
+    assert counts["items"] == 8 and counts["pairs"] == 24 and counts["bad_rows"] == 0
+    assert counts["training_records"] + counts["held_out_pairs"] == 24
+    assert counts["stage1"] == {"records": counts["training_records"],
+                                "examples": counts["training_records"], "dropped": {}}
+    reasonings = counts["self_generated"]
+    assert reasonings["kept"] + sum(reasonings["rejected"].values()) == counts["training_records"]
+    assert (tmp_path / "run" / "judge-f16.gguf").exists()
+
+
+def test_scores_without_reasonings_are_enough(tmp_path: Path, demo_run: Path) -> None:
+    seed = json.loads((demo_run / "merged" / "judge_spec.json").read_text())["base_model"]
+    data = tmp_path / "scores.csv"
+    with data.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "response", "criteria", "score"])
+        for item in demo_task.make_items(60, 11):
+            record = item.record
+            writer.writerow([record.instruction, record.response, record.rubric.criteria,
+                             record.score])
+    two_stage.main(["--preset", "demo", "--data", str(data), "--seed-model", seed, "--out",
+                    str(tmp_path / "run"), "--quantization", "q8_0", "--max-new-tokens", "128"])
+    counts = json.loads((tmp_path / "run" / "counts.json").read_text())
+    written = counts["seed_reasonings"]
+    assert written["kept"] + sum(written["rejected"].values()) == counts["training_records"]
+    assert (tmp_path / "run" / "judge-q8_0.gguf").exists()
