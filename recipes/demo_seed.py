@@ -66,8 +66,8 @@ def _train_vocabulary(folder: Path, records: Sequence[Record], spec_fields: dict
         hard_vocab_limit=False, max_sentence_length=100_000, minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | SPECIALS
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        SPECIALS | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}))
 
 
 def _texts(records: Sequence[Record], spec_fields: dict[str, Any]) -> Iterator[str]:

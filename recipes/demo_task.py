@@ -43,10 +43,13 @@ TOPICS = {
 }
 
 REASONS = {
-    "sound": ("because it saves work", "because it lasts for years", "because it prevents mistakes"),
+    "sound": ("because it saves work", "because it lasts for years",
+              "because it prevents mistakes"),
     "vague": ("as people often say", "maybe for good luck", "or so I heard"),
     "none": ("from the start", "every single time", "without delay"),
 }
+
+SHARES = {"sound": 0.45, "vague": 0.35, "none": 0.2}
 
 TERSE = {"sound": "Tip {} is backed.", "vague": "Tip {} is hazy.", "none": "Tip {} is bare."}
 SPOKEN = {
@@ -93,7 +96,7 @@ def seed_style(item: Item) -> Record:
 
 def _make_item(draw: random.Random, name: str) -> Item:
     instruction, things = draw.choice(list(TOPICS.items()))
-    states = tuple(draw.choices(tuple(REASONS), k=TIPS))
+    states = tuple(draw.choices(tuple(SHARES), tuple(SHARES.values()), k=TIPS))
     tips = [
         f"{n}. Use {thing} {draw.choice(REASONS[state])}."
         for n, (thing, state) in enumerate(zip(draw.sample(things.split(), TIPS), states), 1)

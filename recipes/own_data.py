@@ -36,7 +36,7 @@ def read_own_data(data: str, split: str | None, scale: ScoreScale, skip_bad: boo
     share = min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1))
     training, held_out = split_records(scored, share)
     if not training or not held_out:
-        raise ValueError(f"{len(scored)} items with a score are too few to train and to hold out some")
+        raise ValueError(f"{len(scored)} items with a score are too few to hold some out")
     if len(training) > max_items:
         logger.info("%d of %d items are used (--max-items)", max_items, len(training))
         training = random.Random(0).sample(training, max_items)

@@ -140,7 +140,9 @@ class TwoStage:
         torch.cuda.empty_cache()
         model, tokenizer = load_seed(self.seed_model, max_seq_length=self.preset.max_length)
         method = dataclasses.asdict(self.preset.training)
-        spec = make_spec(tokenizer, base_model=self.seed_model, method=method, **self.spec_fields)
+        # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
+        spec = make_spec(tokenizer, base_model=model.config._name_or_path, method=method,
+                         **self.spec_fields)
         return (load_adapter(model, adapter) if adapter else model), tokenizer, spec
 
     def _judge_from(self, adapter: Path | None) -> Judge:
@@ -189,7 +191,8 @@ class TwoStage:
     def _export(self) -> list[Path]:
         merged = self.out / "merged"
         if not merged.exists():
-            merge_adapter(self.seed_model, self.out / "stage2" / "adapter", merged,
+            adapter = self.out / "stage2" / "adapter"
+            merge_adapter(JudgeSpec.load(adapter).base_model, adapter, merged,
                           base=self.options.base)
         files = [self.out / f"judge-{name}.gguf" for name in self.preset.quantization]
         for file, name in zip(files, self.preset.quantization):

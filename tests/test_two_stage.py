@@ -34,7 +34,8 @@ def test_the_example_is_the_same_for_the_same_seed_number() -> None:
 def test_gold_scores_of_the_example_are_drawn_around_the_stated_mean() -> None:
     items = demo_task.make_items(20_000, 5)
     errors = [item.record.score - item.mean for item in items]
-    variance = demo_task.CHANCE * (1 - demo_task.CHANCE) * demo_task.TIPS / 3
+    vague_tips = demo_task.TIPS * demo_task.SHARES["vague"]
+    variance = demo_task.CHANCE * (1 - demo_task.CHANCE) * vague_tips
     assert abs(sum(errors) / len(errors)) < 4 * math.sqrt(variance / len(errors))
     assert math.isclose(sum(e * e for e in errors) / len(errors), variance, rel_tol=0.05)
 

@@ -113,4 +113,5 @@ class LengthGroupedSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        lengths, batch_size = self._lengths, self._batch_size
+        return iter(get_length_grouped_indices(lengths, batch_size, generator=generator))

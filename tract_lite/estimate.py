@@ -37,7 +37,8 @@ def run_seconds(model: Any, tokenizer: Any, records: Sequence[Record], spec: Jud
         stage = _stage_seconds(trainer)
     reasoning = fmean(len(example.ids) - example.prompt_length for example in examples)
     short = dataclasses.replace(spec.sampling, max_new_tokens=MEASURED_TOKENS)
-    judge = Judge.from_model(model, tokenizer, dataclasses.replace(spec, sampling=short), batch_size)
+    short_spec = dataclasses.replace(spec, sampling=short)
+    judge = Judge.from_model(model, tokenizer, short_spec, batch_size)
     start = time.perf_counter()
     for _ in judge.score_many(records[:batch_size]):
         pass

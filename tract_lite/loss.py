@@ -109,8 +109,8 @@ class _CotRaft(torch.autograd.Function):
         raft = torch.zeros_like(ce)
         expected = torch.empty_like(ce_weights)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if needs_weight else None
+        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):

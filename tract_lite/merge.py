@@ -105,7 +105,7 @@ class _Deltas:
             raise ValueError(f"the adapter changes weights the seed lacks: {sorted(self._unused)}")
 
     def _scale(self, name: str, rank: int) -> float:
-        # As in peft: the first pattern that matches whole parts of the name. The rank is that of B A.
+        # As in peft: the first pattern that matches whole parts of the name.
         matching = (value for pattern, value in self._alpha_pattern.items()
                     if re.fullmatch(rf"(.*\.)?({pattern})", name))
         alpha = next(matching, self._config["lora_alpha"])
@@ -129,7 +129,9 @@ def _through_4bit(weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     # In float32, so that the only rounding is the one of the result.
-    packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
+    packed, state = quantize_4bit(
+        weight.float().contiguous(), quant_type="nf4", compress_statistics=True
+    )
     return dequantize_4bit(packed, state)
 
 

@@ -162,7 +162,8 @@ class Reasoning:
         return start
 
 
-def cut_reasoning(ids: Sequence[int], spec: JudgeSpec, vocabulary: Vocabulary) -> tuple[list[int], bool]:
+def cut_reasoning(ids: Sequence[int], spec: JudgeSpec,
+                  vocabulary: Vocabulary) -> tuple[list[int], bool]:
     """The reasoning in generated ids, and whether it was complete (not cut off by a limit)."""
     reasoning = Reasoning(spec, vocabulary)
     complete = any(reasoning.add(token) for token in ids)

@@ -34,7 +34,7 @@ class ScoreScale:
         if len(set(self.labels)) < len(self.labels) or len(set(self.values)) < len(self.values):
             raise ValueError(f"labels and values must not repeat: {self.labels}, {self.values}")
         if any(label != label.strip() or not label for label in self.labels):
-            raise ValueError(f"labels must not be empty or begin or end with a space: {self.labels}")
+            raise ValueError(f"labels must have text and no space at their ends: {self.labels}")
         if not all(math.isfinite(value) for value in self.values):
             raise ValueError(f"values must be finite: {self.values}")
 
@@ -75,10 +75,9 @@ def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) ->
     common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
     fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common
                if _score_tokens(vocabulary, marker, s)]
-    pieces = {
-        label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[len(vocabulary.encode(ANCHOR)):])
-        for label in scale.labels
-    }
+    anchor = len(vocabulary.encode(ANCHOR))
+    pieces = {label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[anchor:])
+              for label in scale.labels}
     raise ValueError(
         f"each label must be one token of its own in this vocabulary, found {pieces}; "
         f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
@@ -94,7 +93,9 @@ def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> Sco
     if vocabulary.decode(shared).strip() != f"{ANCHOR} {marker}":
         return None
     labels = tuple(ids[-1] for ids in spelled)
-    return ScoreTokens(tuple(shared[len(anchor):]), labels) if len(set(labels)) == len(labels) else None
+    if len(set(labels)) < len(labels):
+        return None
+    return ScoreTokens(tuple(shared[len(anchor):]), labels)
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -137,6 +137,15 @@ def add_lora(model: Any, rank: int = 8, alpha: int = 16, dropout: float = 0.0, *
     return get_peft_model(model, config)
 
 
+def for_training(model: Any) -> None:
+    """Undo what judging with the model has switched, so that it can be trained."""
+    if _uses_unsloth():
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_training(model)
+    model.train()
+
+
 def load_adapter(model: Any, adapter: str | Path) -> Any:
     """The seed with a trained adapter on it, for judging."""
     from peft import PeftModel
@@ -144,7 +153,8 @@ def load_adapter(model: Any, adapter: str | Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: Any, input_ids: torch.Tensor,
+                  attention_mask: torch.Tensor) -> torch.Tensor:
     """The last hidden states (B, T, H), after the final norm and before the vocabulary projection.
 
     They come out of the model's own forward, so that wrappers such as DDP see the pass.

@@ -67,7 +67,8 @@ class JudgeSpec:
             )
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, ensure_ascii=False, indent=1)
+        data = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(data, ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> JudgeSpec:

@@ -85,8 +85,8 @@ class TransformersEngine:
 
     def _sample(self, prompts: list[list[int]], seeds: Sequence[int],
                 limits: Sequence[int]) -> tuple[list[list[int]], list[bool]]:
-        sampling = self.spec.sampling
         ids, mask = self._pad_left(prompts)
+        sampler = _SeededSampler(self.spec.sampling, seeds, ids.shape[1])
         stop = _EndOfReasoning([Reasoning(self.spec, self.vocabulary) for _ in prompts], limits)
         # transformers would fill what our settings leave open with the seed's own defaults.
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -99,7 +99,7 @@ class TransformersEngine:
                     do_sample=False, max_new_tokens=max(limits), pad_token_id=self._pad_id,
                     eos_token_id=self.spec.eos_id,
                 ),
-                logits_processor=LogitsProcessorList([_SeededSampler(sampling, seeds, ids.shape[1])]),
+                logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
         finally:

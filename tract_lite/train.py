@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tract_lite.encode import Example, LengthGroupedSampler, collate, encode_records
 from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.records import Record
-from tract_lite.seed import hidden_states, lm_head_weight
+from tract_lite.seed import for_training, hidden_states, lm_head_weight
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
 
@@ -77,6 +77,7 @@ def train_stage(model: Any, tokenizer: Any, records: Sequence[Record], spec: Jud
         logger.warning("%d of %d records are dropped: %s", count, len(records), reason)
     if not examples:
         raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
+    for_training(model)
     trainer = CotRaftTrainer(model, examples, spec, tokenizer, out_dir, settings)
     trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     adapter = out_dir / "adapter"
@@ -116,7 +117,9 @@ class CotRaftTrainer(Trainer):
     def __init__(self, model: Any, examples: Sequence[Example], spec: JudgeSpec, tokenizer: Any,
                  out_dir: Path, settings: TrainSettings):
         steps_per_epoch = -(-len(examples) // settings.batch_size)
-        steps = settings.max_steps if settings.max_steps > 0 else int(settings.epochs * steps_per_epoch)
+        steps = int(settings.epochs * steps_per_epoch)
+        if settings.max_steps > 0:
+            steps = settings.max_steps
         learning_rate, reason = pick_learning_rate(settings, steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)",
                     len(examples), steps, learning_rate, reason)
@@ -179,8 +182,8 @@ class CotRaftTrainer(Trainer):
             batch["num_tokens"], batch["num_sequences"] = counts[0], counts[1]
         return batches, num_items
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor],
+                     return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
         result = cot_raft_loss(
             hidden, self._head, inputs["labels"], inputs["score_positions"], self._score_ids,
