@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tract_lite.encode import Example, LengthGroupedSampler, collate, encode_records
 from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.records import Record
-from tract_lite.seed import for_training, hidden_states, lm_head_weight
+from tract_lite.seed import for_training, hidden_states, lm_head_weight, pick_dtype
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
 
@@ -123,7 +123,7 @@ class CotRaftTrainer(Trainer):
         learning_rate, reason = pick_learning_rate(settings, steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)",
                     len(examples), steps, learning_rate, reason)
-        dtype = model.config.dtype
+        dtype, _ = pick_dtype()
         arguments = TrainingArguments(
             output_dir=str(out_dir),
             num_train_epochs=settings.epochs,
