@@ -207,6 +207,14 @@ def test_the_end_token_ends_a_reasoning_and_is_no_part_of_it(name):
     assert cut_reasoning([*reasoning, spec.eos_id, 5, 5], spec, vocabulary) == (reasoning, True)
 
 
+def test_a_chat_model_may_end_its_reasoning_with_another_special_token():
+    spec, vocabulary = load("qwen2")
+    end_of_turn = vocabulary.specials["<|im_end|>"]
+    assert end_of_turn != spec.eos_id
+    ids = vocabulary.encode("It is right.")
+    assert cut_reasoning([*ids, end_of_turn, *ids], spec, vocabulary) == (ids, True)
+
+
 def test_a_reasoning_without_an_end_is_not_complete():
     spec, vocabulary = load("trained")
     ids = vocabulary.encode("So the overall score")

@@ -11,7 +11,7 @@ import pytest
 
 import demo_task
 import two_stage
-from tiny import SHARED, make_llama
+from tiny import SHARED, load_tokenizer, make_it_stop, make_llama
 from tract_lite import JudgeSpec
 
 
@@ -82,6 +82,7 @@ def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
     rows = json.loads((SHARED / "data" / "vicuna_eval.json").read_text())[:8]
     (tmp_path / "slice.json").write_text(json.dumps(rows))
     seed = make_llama(tmp_path / "seed", SHARED / "tokenizers" / "qwen2", context=4096)
+    make_it_stop(seed, load_tokenizer("qwen2").eos_token_id)
     two_stage.main(["--preset", "demo", "--data", str(tmp_path / "slice.json"),
                     "--seed-model", str(seed), "--out", str(tmp_path / "run"),
                     "--quantization", "f16"])
@@ -92,6 +93,7 @@ def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
                                 "examples": counts["training_records"], "dropped": {}}
     reasonings = counts["self_generated"]
     assert reasonings["kept"] + sum(reasonings["rejected"].values()) == counts["training_records"]
+    assert counts["stage2"]["examples"] == reasonings["kept"] > 0
     assert (tmp_path / "run" / "judge-f16.gguf").exists()
 
 

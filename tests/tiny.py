@@ -151,3 +151,17 @@ class WritingEngine:
 
     def close(self) -> None:
         self.prompts = []
+
+
+def make_it_stop(folder: Path, end_id: int) -> Path:
+    """Give a random Llama of scale 16 an even chance, about 1 in 40, to end at any token.
+
+    One direction of its hidden states is made constant, and the end token's logit reads it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 500.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[end_id, 0] = 0.8
+    model.save_pretrained(folder)
+    return folder

@@ -130,17 +130,19 @@ class Reasoning:
     """A reasoning while it is written: tells when it ends and where to cut it.
 
     It ends with the marker, found by its ids or, for a model that spells it with other tokens, by
-    its text; or with the end token. The score that may follow is thrown away.
+    its text; or with the end token or another special token of the chat format, since a chat model
+    may close its turn with one that is not its end token. The score that may follow is thrown away.
     """
 
     def __init__(self, spec: JudgeSpec, vocabulary: Vocabulary):
         self._spec = spec
         self._vocabulary = vocabulary
+        self._ends = {spec.eos_id, *(piece for piece in spec.chat if isinstance(piece, int))}
         self.ids: list[int] = []
 
     def add(self, token: int) -> bool:
         """Take the next token; True where the reasoning is complete, with `ids` already cut."""
-        if token == self._spec.eos_id:
+        if token in self._ends:
             return True
         self.ids.append(token)
         cut = self._marker_start()

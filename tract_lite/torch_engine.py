@@ -143,7 +143,7 @@ class _SeededSampler(LogitsProcessor):
         rows = torch.arange(len(probabilities), device=probabilities.device)
         while len(rows):
             left = probabilities[rows]
-            cumulative = left.double().cumsum(-1)
+            cumulative = left.cumsum(-1, dtype=torch.float64)
             numbers = [[self._generators[row].random()] for row in rows.tolist()]
             points = torch.tensor(numbers, device=rows.device) * cumulative[:, -1:]
             # `right`: a token of probability 0 is never drawn, not even by the number 0.
