@@ -15,14 +15,21 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import MARKER
 from tract_lite.vocabulary import TransformersVocabulary
 
-RECORD = Record("Add 2 and 2.", "It is 4.", Rubric("Is it right?", {"1": "No.", "5": "Yes."}),
-                score=4.0, feedback="It names 4 steps. So the overall score is 4. [RESULT] 4")
+RECORD = Record(
+    "Add 2 and 2.",
+    "It is 4.",
+    Rubric("Is it right?", {"1": "No.", "5": "Yes."}),
+    score=4.0,
+    feedback="It names 4 steps. So the overall score is 4. [RESULT] 4",
+)
 everywhere = pytest.mark.parametrize("name", VOCABULARIES)
 
 
 def load(name: str, **fields):
     tokenizer = load_tokenizer(name)
-    return make_spec(tokenizer, ScoreScale.integers(1, 5), **fields), TransformersVocabulary(tokenizer)
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), **fields), TransformersVocabulary(
+        tokenizer
+    )
 
 
 @everywhere
@@ -30,18 +37,25 @@ def test_reasoning_marker_label_and_end_are_supervised_and_nothing_else(name):
     spec, vocabulary = load(name)
     batch = collate([encode_record(RECORD, spec, vocabulary)], pad_id=0)
     supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
-    expected = [*vocabulary.encode("It names 4 steps."), *spec.marker_ids, spec.label_ids[3], spec.eos_id]
-    assert supervised == expected, f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
+    expected = [
+        *vocabulary.encode("It names 4 steps."),
+        *spec.marker_ids,
+        spec.label_ids[3],
+        spec.eos_id,
+    ]
+    assert supervised == expected, (
+        f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
+    )
 
 
 @everywhere
 def test_training_reads_the_ids_that_judging_meets(name):
     spec, vocabulary = load(name)
     example = encode_record(RECORD, spec, vocabulary)
-    reasoning, complete = cut_reasoning(example.ids[example.prompt_length:], spec, vocabulary)
+    reasoning, complete = cut_reasoning(example.ids[example.prompt_length :], spec, vocabulary)
     judged = [*prompt_ids(RECORD, spec, vocabulary), *reasoning, *spec.marker_ids]
     assert complete and example.ids[: example.score_position] == judged
-    assert example.ids[example.score_position:] == [spec.label_ids[3], spec.eos_id]
+    assert example.ids[example.score_position :] == [spec.label_ids[3], spec.eos_id]
 
 
 @everywhere
@@ -63,7 +77,9 @@ def test_specials_in_a_record_never_move_the_score_position(name):
 def test_any_text_is_encoded_or_refused_with_a_reason(response, feedback):
     spec, vocabulary = load("qwen2")
     try:
-        example = encode_record(replace(RECORD, response=response, feedback=feedback), spec, vocabulary)
+        example = encode_record(
+            replace(RECORD, response=response, feedback=feedback), spec, vocabulary
+        )
     except Unusable as reason:
         assert str(reason) == "no reasoning"
     else:
@@ -93,22 +109,27 @@ def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score,
     assert example.ids[example.score_position] == spec.label_ids[label]
 
 
-@pytest.mark.parametrize("fields, reason", [
-    ({"score": None}, "no gold score"),
-    ({"score": 6.0}, "outside the scale"),
-    ({"score": math.nan}, "outside the scale"),
-    ({"feedback": None}, "no reasoning"),
-    ({"feedback": "So the overall score is 4."}, "no reasoning"),
-    ({"feedback": f"{MARKER} 3, but it is 4 in truth."}, "marker stands inside"),
-    ({"rubric": None}, "rubric"),
-    ({"response": "long " * 1000}, "longer than 600 tokens"),
-])
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"score": None}, "no gold score"),
+        ({"score": 6.0}, "outside the scale"),
+        ({"score": math.nan}, "outside the scale"),
+        ({"feedback": None}, "no reasoning"),
+        ({"feedback": "So the overall score is 4."}, "no reasoning"),
+        ({"feedback": f"{MARKER} 3, but it is 4 in truth."}, "marker stands inside"),
+        ({"rubric": None}, "rubric"),
+        ({"response": "long " * 1000}, "longer than 600 tokens"),
+    ],
+)
 def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reason):
     spec, vocabulary = load("trained", max_length=600)
     bad = replace(RECORD, **fields)
     examples, dropped = encode_records([bad, RECORD, bad], spec, vocabulary)
     assert len(examples) == 1
-    assert [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
+    assert (
+        [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
+    )
 
 
 def test_a_sequence_that_just_fits_is_kept_whole():
@@ -121,7 +142,9 @@ def test_a_sequence_that_just_fits_is_kept_whole():
 
 def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
     spec, vocabulary = load("trained")
-    short, long = (encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9))
+    short, long = (
+        encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9)
+    )
     batch = collate([short, long], pad_id=7)
     n, longest = len(short.ids), len(long.ids)
     assert n < longest and batch["input_ids"].shape == (2, longest)
@@ -135,8 +158,11 @@ def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
 
 def test_all_pairs_of_a_real_benchmark_are_encoded():
     spec, vocabulary = load("qwen2", max_length=3000)
-    pairs = [pair for record in read_records(SHARED / "data" / "vicuna_eval.json")
-             for pair in record.pairs()]
+    pairs = [
+        pair
+        for record in read_records(SHARED / "data" / "vicuna_eval.json")
+        for pair in record.pairs()
+    ]
     examples, dropped = encode_records(pairs, spec, vocabulary)
     assert (len(pairs), len(examples), dropped) == (960, 960, {})
     for pair, example in zip(pairs[::97], examples[::97]):

@@ -33,8 +33,13 @@ def folder(tmp_path_factory):
 
 def spec_for(folder, marker: str, **sampling) -> JudgeSpec:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return make_spec(tokenizer, ScoreScale.integers(1, 5), marker=marker, max_length=256,
-                     sampling=Sampling(**sampling))
+    return make_spec(
+        tokenizer,
+        ScoreScale.integers(1, 5),
+        marker=marker,
+        max_length=256,
+        sampling=Sampling(**sampling),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +60,19 @@ def reference(folder):
 
 def open_engine(path, spec=None, parallel=16, **options) -> LlamaEngine:
     """An engine that computes in float32 throughout."""
-    return LlamaEngine(path, spec, parallel=parallel, threads=1, flash_attention=False,
-                       cache_type="f32", **options)
+    return LlamaEngine(
+        path, spec, parallel=parallel, threads=1, flash_attention=False, cache_type="f32", **options
+    )
 
 
 def make_tasks(engine: LlamaEngine, count: int, n_cot: int = 1, words: int = 12) -> list[Task]:
-    prompts = [" ".join(make_sentences(20, seed=n)).split()[:words + n % 5] for n in range(count)]
-    return [Task([BOS, *engine.vocabulary.encode(" ".join(prompt))],
-                 [100 * n + k for k in range(n_cot)]) for n, prompt in enumerate(prompts)]
+    prompts = [" ".join(make_sentences(20, seed=n)).split()[: words + n % 5] for n in range(count)]
+    return [
+        Task(
+            [BOS, *engine.vocabulary.encode(" ".join(prompt))], [100 * n + k for k in range(n_cot)]
+        )
+        for n, prompt in enumerate(prompts)
+    ]
 
 
 def reasonings(answer) -> list[list[int]]:
@@ -80,8 +90,10 @@ def reference_logits(model, ids: list[int]) -> torch.Tensor:
 
 def test_scores_are_those_of_transformers_for_the_same_reasonings(path, spec, reference):
     with open_engine(path) as engine:
-        tasks = [replace(task, reasonings=[engine.vocabulary.encode(text)]) for task, text
-                 in zip(make_tasks(engine, 8), make_sentences(8, seed=3))]
+        tasks = [
+            replace(task, reasonings=[engine.vocabulary.encode(text)])
+            for task, text in zip(make_tasks(engine, 8), make_sentences(8, seed=3))
+        ]
         answers = dict(engine.run(tasks))
     for index, task in enumerate(tasks):
         ids = [*task.prompt, *task.reasonings[0], *spec.marker_ids]
@@ -95,8 +107,14 @@ def test_a_score_read_after_sampling_is_that_of_the_reasoning_given(path):
     with open_engine(path) as engine:
         tasks = make_tasks(engine, 30)
         sampled = dict(engine.run(tasks))
-        given = dict(engine.run([replace(task, reasonings=reasonings(sampled[index]))
-                                 for index, task in enumerate(tasks)]))
+        given = dict(
+            engine.run(
+                [
+                    replace(task, reasonings=reasonings(sampled[index]))
+                    for index, task in enumerate(tasks)
+                ]
+            )
+        )
     assert any(not sample.truncated for answer in sampled.values() for sample in answer)
     for index in sampled:
         np.testing.assert_allclose(scores(sampled[index]), scores(given[index]), atol=1e-4)
@@ -119,8 +137,9 @@ def test_samples_of_one_item_equal_separate_ones(path, parallel):
         [(_, answer)] = engine.run([task])
         separate = [next(alone.run([Task(task.prompt, [seed])]))[1] for seed in task.seeds]
     assert reasonings(answer) == [reasonings(other)[0] for other in separate]
-    np.testing.assert_allclose(scores(answer), np.concatenate([scores(a) for a in separate]),
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        scores(answer), np.concatenate([scores(a) for a in separate]), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("parallel", [4, 16])
@@ -156,8 +175,11 @@ def test_a_reasoning_is_cut_where_the_context_ends(path, spec):
     with open_engine(path, context_length=64) as engine:
         tasks = make_tasks(engine, 16)
         answers = dict(engine.run(tasks))
-    longest = max(len(task.prompt) + len(ids) + len(spec.marker_ids) + 2
-                  for index, task in enumerate(tasks) for ids in reasonings(answers[index]))
+    longest = max(
+        len(task.prompt) + len(ids) + len(spec.marker_ids) + 2
+        for index, task in enumerate(tasks)
+        for ids in reasonings(answers[index])
+    )
     assert longest == 64
 
 

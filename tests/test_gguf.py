@@ -18,11 +18,22 @@ from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 TOKENIZERS = Path(__file__).parents[1].parent / "shared" / "tokenizers"
 ODD_TEXTS = [
-    " leads with a space", "  with two", "ends with one ", "two  inside", "a\ttab\n\nlines",
-    "naïve café, 東京, Привет, 🙂👍🏽", "zero\u200bwidth \u00a0 no-break", "a", "\n",
-    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]", "3.14159 1,000,000 10 5/5",
-    "e\u0301 combining", "\u2581 underline", " ",
-    "So the overall score is 3", "def f(x):\n    return {'a': x[0]}  # code",
+    " leads with a space",
+    "  with two",
+    "ends with one ",
+    "two  inside",
+    "a\ttab\n\nlines",
+    "naïve café, 東京, Привет, 🙂👍🏽",
+    "zero\u200bwidth \u00a0 no-break",
+    "a",
+    "\n",
+    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
+    "3.14159 1,000,000 10 5/5",
+    "e\u0301 combining",
+    "\u2581 underline",
+    " ",
+    "So the overall score is 3",
+    "def f(x):\n    return {'a': x[0]}  # code",
 ]
 TEXTS = ODD_TEXTS + make_sentences(87, seed=1)
 needs_tokenizers = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no real vocabularies here")
@@ -31,8 +42,12 @@ needs_tokenizers = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no real v
 def make_judge(folder: Path, tokenizer_folder: Path, **options) -> JudgeSpec:
     """A tiny model folder with a spec for scores of 1 to 5."""
     make_llama(folder, tokenizer_folder, **options)
-    spec = make_spec(AutoTokenizer.from_pretrained(folder), ScoreScale.integers(1, 5),
-                     max_length=256, method={"stage": 2, "note": "π"})
+    spec = make_spec(
+        AutoTokenizer.from_pretrained(folder),
+        ScoreScale.integers(1, 5),
+        max_length=256,
+        method={"stage": 2, "note": "π"},
+    )
     spec.save(folder)
     return spec
 

@@ -59,9 +59,16 @@ def test_a_lone_surrogate_survives(tmp_path):
     assert read_rows(tmp_path / "rows.jsonl") == [{"text": "half \ud83d"}]
 
 
-@pytest.mark.parametrize("content", [
-    "id,score\n1,2\n", "some notes", json.dumps([{"id": 1}]) + "\n", "\n", b"\xff\n",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id,score\n1,2\n",
+        "some notes",
+        json.dumps([{"id": 1}]) + "\n",
+        "\n",
+        b"\xff\n",
+    ],
+)
 def test_what_is_no_jsonl_is_refused_by_name(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

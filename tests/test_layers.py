@@ -51,15 +51,19 @@ def test_only_the_seed_knows_the_backends():
 
 def test_the_other_modules_need_neither_torch_nor_transformers():
     names = [f"tract_lite.{name}" for name in ORDER if name not in NEED_TORCH]
-    run_python("import sys, importlib\n"
-               "sys.modules |= {'torch': None, 'transformers': None}\n"
-               f"for name in {names}: importlib.import_module(name)")
+    run_python(
+        "import sys, importlib\n"
+        "sys.modules |= {'torch': None, 'transformers': None}\n"
+        f"for name in {names}: importlib.import_module(name)"
+    )
 
 
 def test_the_package_and_its_help_pull_in_nothing_heavy():
-    code = ("import sys, tract_lite, tract_lite.__main__ as main\n"
-            "try: main.main(['--version'])\n"
-            f"finally: print([name for name in {HEAVY} if name in sys.modules])")
+    code = (
+        "import sys, tract_lite, tract_lite.__main__ as main\n"
+        "try: main.main(['--version'])\n"
+        f"finally: print([name for name in {HEAVY} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     version, heavy = done.stdout.splitlines()
     assert version.startswith("tract-lite ") and heavy == "[]"

@@ -9,8 +9,17 @@ from tract_lite.loss import IGNORE_INDEX, cot_raft_loss
 VALUES = (1.0, 2.0, 3.5, 5.0)
 
 
-def make_batch(batch=8, length=9, hidden=6, vocabulary=31, *, seed=0, scoreless=0, scale=1.0,
-               dtype=torch.float64):
+def make_batch(
+    batch=8,
+    length=9,
+    hidden=6,
+    vocabulary=31,
+    *,
+    seed=0,
+    scoreless=0,
+    scale=1.0,
+    dtype=torch.float64,
+):
     """Random arguments of `cot_raft_loss`; the last `scoreless` rows have no score."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (batch, length), generator=draw)
@@ -20,15 +29,32 @@ def make_batch(batch=8, length=9, hidden=6, vocabulary=31, *, seed=0, scoreless=
     labels[torch.arange(batch), positions] = ids[torch.randint(len(ids), (batch,), generator=draw)]
     positions[batch - scoreless :] = -1
     return {
-        "hidden_states": scale * torch.randn(batch, length, hidden, generator=draw, dtype=torch.float64).to(dtype),
-        "lm_head_weight": torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64).to(dtype),
-        "labels": labels, "score_positions": positions, "score_token_ids": ids,
-        "score_values": torch.tensor(VALUES), "targets": 1 + 4 * torch.rand(batch, generator=draw),
+        "hidden_states": scale
+        * torch.randn(batch, length, hidden, generator=draw, dtype=torch.float64).to(dtype),
+        "lm_head_weight": torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64).to(
+            dtype
+        ),
+        "labels": labels,
+        "score_positions": positions,
+        "score_token_ids": ids,
+        "score_values": torch.tensor(VALUES),
+        "targets": 1 + 4 * torch.rand(batch, generator=draw),
     }
 
 
-def plain_loss(hidden_states, lm_head_weight, labels, score_positions, score_token_ids, score_values,
-               targets, raft_weight=1.0, ce_on_score=True, num_tokens=None, num_sequences=None):
+def plain_loss(
+    hidden_states,
+    lm_head_weight,
+    labels,
+    score_positions,
+    score_token_ids,
+    score_values,
+    targets,
+    raft_weight=1.0,
+    ce_on_score=True,
+    num_tokens=None,
+    num_sequences=None,
+):
     """The same loss, row by row, by autograd in float64: (loss, ce, raft, predictions)."""
     log_p = (hidden_states.double() @ lm_head_weight.double().T).log_softmax(-1)
     ce = squared = torch.zeros((), dtype=torch.float64)
@@ -50,10 +76,16 @@ def plain_loss(hidden_states, lm_head_weight, labels, score_positions, score_tok
 
 def with_gradients(function, batch, **options):
     """What `function` returns and the gradients of hidden states and head."""
-    leaves = {name: batch[name].detach().clone().requires_grad_(True)
-              for name in ("hidden_states", "lm_head_weight")}
+    leaves = {
+        name: batch[name].detach().clone().requires_grad_(True)
+        for name in ("hidden_states", "lm_head_weight")
+    }
     result = function(**{**batch, **leaves}, **options)
-    fields = result if isinstance(result, tuple) else (result.loss, result.ce, result.raft, result.predictions)
+    fields = (
+        result
+        if isinstance(result, tuple)
+        else (result.loss, result.ce, result.raft, result.predictions)
+    )
     if fields[0].requires_grad:
         fields[0].backward()
     return [f.detach() for f in fields], [leaf.grad for leaf in leaves.values()]
@@ -67,15 +99,24 @@ def assert_close(ours, theirs, tolerance):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * size, equal_nan=True)
 
 
-shapes = st.fixed_dictionaries({
-    "batch": st.integers(1, 5), "length": st.integers(2, 9), "hidden": st.integers(1, 8),
-    "vocabulary": st.integers(len(VALUES), 40), "seed": st.integers(0, 999),
-    "scale": st.sampled_from([0.1, 1.0, 4.0]),
-}).flatmap(lambda shape: st.integers(0, shape["batch"]).map(lambda n: {**shape, "scoreless": n}))
-options = st.fixed_dictionaries({
-    "raft_weight": st.sampled_from([0.0, 0.2, 1.0, 10.0]), "ce_on_score": st.booleans(),
-    "num_tokens": st.sampled_from([None, 17]), "num_sequences": st.sampled_from([None, 3]),
-})
+shapes = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 5),
+        "length": st.integers(2, 9),
+        "hidden": st.integers(1, 8),
+        "vocabulary": st.integers(len(VALUES), 40),
+        "seed": st.integers(0, 999),
+        "scale": st.sampled_from([0.1, 1.0, 4.0]),
+    }
+).flatmap(lambda shape: st.integers(0, shape["batch"]).map(lambda n: {**shape, "scoreless": n}))
+options = st.fixed_dictionaries(
+    {
+        "raft_weight": st.sampled_from([0.0, 0.2, 1.0, 10.0]),
+        "ce_on_score": st.booleans(),
+        "num_tokens": st.sampled_from([None, 17]),
+        "num_sequences": st.sampled_from([None, 3]),
+    }
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -85,9 +126,14 @@ def test_value_and_gradient_are_those_of_the_plain_formula(shape, options, preci
     tolerance *= max(1, options["raft_weight"])  # which scales the terms of the sums
     batch = make_batch(**shape, dtype=dtype)
     ours, our_gradients = with_gradients(cot_raft_loss, batch, **options)
-    theirs, their_gradients = with_gradients(plain_loss, {
-        name: value.double() if value.is_floating_point() else value for name, value in batch.items()
-    }, **options)
+    theirs, their_gradients = with_gradients(
+        plain_loss,
+        {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in batch.items()
+        },
+        **options,
+    )
     assert_close(ours, theirs, tolerance)
     assert_close(our_gradients, their_gradients, tolerance)
     assert [gradient.dtype for gradient in our_gradients] == [dtype, dtype]
@@ -98,13 +144,20 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
     batch = make_batch(dtype=dtype)
     (loss, *rest), gradients = with_gradients(cot_raft_loss, batch)
     theirs, their_gradients = with_gradients(
-        cot_raft_loss, {**batch, "hidden_states": batch["hidden_states"].float(),
-                        "lm_head_weight": batch["lm_head_weight"].float()})
+        cot_raft_loss,
+        {
+            **batch,
+            "hidden_states": batch["hidden_states"].float(),
+            "lm_head_weight": batch["lm_head_weight"].float(),
+        },
+    )
     assert loss.dtype == torch.float32
     assert_close([loss, *rest], theirs, 1e-6)
     for ours, expected in zip(gradients, their_gradients):
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(
+            ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
@@ -150,14 +203,18 @@ def test_a_score_left_out_of_the_labels_is_learnt_by_its_error_alone():
 def test_splitting_a_batch_gives_the_same_gradient(size):
     batch = make_batch(scoreless=2)
     labels = batch["labels"]
-    counts = {"num_tokens": (labels[:, 1:] != IGNORE_INDEX).sum(),
-              "num_sequences": (batch["score_positions"] > 0).sum()}
+    counts = {
+        "num_tokens": (labels[:, 1:] != IGNORE_INDEX).sum(),
+        "num_sequences": (batch["score_positions"] > 0).sum(),
+    }
     _, whole = with_gradients(cot_raft_loss, batch)
     per_row = ("hidden_states", "labels", "score_positions", "targets")
     hidden, head = [], torch.zeros_like(whole[1])
     for start in range(0, 8, size):
-        part = {name: value[start : start + size] if name in per_row else value
-                for name, value in batch.items()}
+        part = {
+            name: value[start : start + size] if name in per_row else value
+            for name, value in batch.items()
+        }
         _, (hidden_gradient, head_gradient) = with_gradients(cot_raft_loss, part, **counts)
         hidden.append(hidden_gradient)
         head += head_gradient

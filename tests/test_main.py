@@ -17,8 +17,10 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import Sampling
 
 ROOT = Path(__file__).parents[1]
-ROWS = [{"response": text, "criteria": "Is it clear?", "score": n % 5 + 1}
-        for n, text in enumerate(make_sentences(6))]
+ROWS = [
+    {"response": text, "criteria": "Is it clear?", "score": n % 5 + 1}
+    for n, text in enumerate(make_sentences(6))
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main")
     make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=400,
-                     template="{{ rubric.criteria }} {{ response }}\n",
-                     sampling=Sampling(max_new_tokens=12))
+    spec = make_spec(
+        tokenizer,
+        ScoreScale.integers(1, 5),
+        max_length=400,
+        template="{{ rubric.criteria }} {{ response }}\n",
+        sampling=Sampling(max_new_tokens=12),
+    )
     spec.save(folder / "model")
     export_gguf(folder / "model", folder / "judge.gguf", "f32")
     return folder
@@ -48,14 +54,19 @@ def data(tmp_path):
 
 def call(*arguments, stdin=""):
     return subprocess.run(
-        [sys.executable, "-m", "tract_lite", *map(str, arguments)], input=stdin, cwd=ROOT,
-        capture_output=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tract_lite", *map(str, arguments)],
+        input=stdin,
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
 def judge(folder, source, output, *options, stdin=""):
-    done = call("judge", folder / "judge.gguf", source, "-o", output, "--threads", 1, *options,
-                stdin=stdin)
+    done = call(
+        "judge", folder / "judge.gguf", source, "-o", output, "--threads", 1, *options, stdin=stdin
+    )
     assert done.returncode == 0, done.stderr
     return done, read_rows(output)
 
@@ -86,8 +97,12 @@ def test_a_second_call_judges_only_what_is_missing(folder, data, tmp_path):
 
 
 def test_standard_input_is_judged_and_failed_items_are_counted(folder, tmp_path):
-    lines = [{"response": "Clear.", "criteria": "c", "id": "a"}, {"response": "No rubric."},
-             {"response": "so " * 500, "criteria": "c"}, {"score": 3}]
+    lines = [
+        {"response": "Clear.", "criteria": "c", "id": "a"},
+        {"response": "No rubric."},
+        {"response": "so " * 500, "criteria": "c"},
+        {"score": 3},
+    ]
     stdin = "".join(json.dumps(line) + "\n" for line in lines)
     done, rows = judge(folder, "-", tmp_path / "out.jsonl", "--skip-bad", stdin=stdin)
     assert [row["id"] for row in rows] == ["a", "1", "2"]
@@ -101,8 +116,19 @@ def test_a_given_spec_replaces_the_one_inside(folder, data, tmp_path):
     spec = json.loads((folder / "model" / "judge_spec.json").read_text())
     spec["sampling"]["max_new_tokens"] = 2
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    _, rows = judge(folder, data, tmp_path / "out.jsonl", "--spec", tmp_path / "spec.json",
-                    "--parallel", 2, "--context-length", 200, "--seed", 5)
+    _, rows = judge(
+        folder,
+        data,
+        tmp_path / "out.jsonl",
+        "--spec",
+        tmp_path / "spec.json",
+        "--parallel",
+        2,
+        "--context-length",
+        200,
+        "--seed",
+        5,
+    )
     assert max(len(row["feedback_ids"][0]) for row in rows) == 2
 
 
@@ -115,8 +141,15 @@ def test_export_writes_files_that_judge(folder, data, tmp_path):
 
 def test_evaluate_measures_items_with_gold_and_counts_the_others(tmp_path):
     path = tmp_path / "out.jsonl"
-    append_rows(path, [{"id": "a", "score": 1.5, "gold": 1}, {"id": "b", "score": 2.5, "gold": 2},
-                       {"id": "c", "score": None, "gold": 3}, {"id": "d", "score": 3.0}])
+    append_rows(
+        path,
+        [
+            {"id": "a", "score": 1.5, "gold": 1},
+            {"id": "b", "score": 2.5, "gold": 2},
+            {"id": "c", "score": None, "gold": 3},
+            {"id": "d", "score": 3.0},
+        ],
+    )
     done = call("evaluate", path)
     assert done.returncode == 0, done.stderr
     assert "pearson" in done.stdout and "| out |   1.000 |" in done.stdout
@@ -129,27 +162,38 @@ def test_report_prints_where_the_page_is(tmp_path):
     assert done.stdout == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("judge", "{judge}", "none.csv", "-o", "{out}"), "no file none.csv"),
-    (("judge", "{judge}", "{data}", "-o", "none/out.jsonl"), "no folder none"),
-    (("judge", "none.gguf", "{data}", "-o", "{out}"), "none.gguf"),
-    (("judge", "{data}", "{data}", "-o", "{out}"), "is not a GGUF file"),
-    (("judge", "{judge}", "{data}", "-o", "{data}"), "is not JSONL"),
-    (("judge", "{judge}", "{data}", "-o", "{plain}"), "other rows than judgements"),
-    (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
-    (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"), "--n-cot must be at least 1"),
-    (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at"),
-    (("export", "none", "-o", "{out}"), "none is not a model folder"),
-    (("evaluate", "none.jsonl"), "no file none.jsonl"),
-    (("evaluate", "{plain}"), "none of the 2 rows"),
-    (("report", "none"), "nothing to report"),
-])
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, data, tmp_path, arguments,
-                                                            words):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("judge", "{judge}", "none.csv", "-o", "{out}"), "no file none.csv"),
+        (("judge", "{judge}", "{data}", "-o", "none/out.jsonl"), "no folder none"),
+        (("judge", "none.gguf", "{data}", "-o", "{out}"), "none.gguf"),
+        (("judge", "{data}", "{data}", "-o", "{out}"), "is not a GGUF file"),
+        (("judge", "{judge}", "{data}", "-o", "{data}"), "is not JSONL"),
+        (("judge", "{judge}", "{data}", "-o", "{plain}"), "other rows than judgements"),
+        (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
+        (
+            ("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"),
+            "--n-cot must be at least 1",
+        ),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at"),
+        (("export", "none", "-o", "{out}"), "none is not a model folder"),
+        (("evaluate", "none.jsonl"), "no file none.jsonl"),
+        (("evaluate", "{plain}"), "none of the 2 rows"),
+        (("report", "none"), "nothing to report"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    folder, data, tmp_path, arguments, words
+):
     plain = tmp_path / "plain.jsonl"
     append_rows(plain, [{"id": "a"}, {"id": "b"}])
-    names = {"judge": folder / "judge.gguf", "data": data, "plain": plain,
-             "out": tmp_path / "out.jsonl"}
+    names = {
+        "judge": folder / "judge.gguf",
+        "data": data,
+        "plain": plain,
+        "out": tmp_path / "out.jsonl",
+    }
     before = data.read_bytes(), plain.read_bytes()
     done = call(*(argument.format(**names) for argument in arguments))
     assert done.returncode == 2 and done.stdout == ""

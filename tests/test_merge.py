@@ -25,7 +25,9 @@ VARIANTS = {
         "alpha_pattern": {r"layers\.0\..*down_proj": 5, "down_proj": 40, "proj": 99, "o_proj": 7},
     },
     "rslora with patterns": {
-        "use_rslora": True, "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"o_proj": 1},
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"o_proj": 1},
     },
 }
 
@@ -37,7 +39,9 @@ def base_model(folder: Path):
 def make_adapter(seed: Path, folder: Path, **options) -> Path:
     """An adapter with random weights, none zero, on all linear layers."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options
+    )
     model = get_peft_model(base_model(seed), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,7 +65,10 @@ def seeds(spm):
 
 @pytest.fixture(scope="module")
 def adapters(seeds, spm):
-    return {family: make_adapter(seed, spm.parent / f"{family}-adapter") for family, seed in seeds.items()}
+    return {
+        family: make_adapter(seed, spm.parent / f"{family}-adapter")
+        for family, seed in seeds.items()
+    }
 
 
 @torch.no_grad()
@@ -114,7 +121,9 @@ def test_a_seed_saved_in_4_bits_merges_too(seeds, adapters, tmp_path):
     model.save_pretrained(seed)
     tokenizer.save_pretrained(seed)
     assert any(name.endswith("absmax") for name in load_file(seed / "model.safetensors"))
-    expected = logits_of(load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"]))
+    expected = logits_of(
+        load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"])
+    )
     merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
@@ -129,7 +138,9 @@ def test_16_bit_tensors_stay_16_bit_and_are_rounded_once(seeds, adapters, tmp_pa
     stored = load_file(next((tmp_path / "merged").glob("*.safetensors")))
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     for name, weight in exact.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[name], weight.bfloat16().float(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            merged.state_dict()[name], weight.bfloat16().float(), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("base", ["4bit", "16bit"])
@@ -166,7 +177,9 @@ def test_tied_embeddings_stay_tied(spm, tmp_path):
     assert_merged_like_peft(seed, adapter, tmp_path / "16bit")
 
 
-def test_tokenizer_files_are_copied_byte_for_byte_and_the_spec_comes_along(seeds, adapters, tmp_path):
+def test_tokenizer_files_are_copied_byte_for_byte_and_the_spec_comes_along(
+    seeds, adapters, tmp_path
+):
     merged = merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
     for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (seeds["llama"] / name).read_bytes()

@@ -37,10 +37,12 @@ def no_warnings():
 def kappa_by_matrix(predictions, golds):
     """Quadratic weighted kappa as it is defined: by the confusion matrix."""
     labels = range(min(*predictions, *golds), max(*predictions, *golds) + 1)
-    observed = np.array([
-        [sum(p == a and g == b for p, g in zip(predictions, golds)) for b in labels]
-        for a in labels
-    ])
+    observed = np.array(
+        [
+            [sum(p == a and g == b for p, g in zip(predictions, golds)) for b in labels]
+            for a in labels
+        ]
+    )
     chance = np.outer(observed.sum(axis=1), observed.sum(axis=0)) / len(golds)
     weights = np.subtract.outer(labels, labels) ** 2
     if not (weights * chance).sum():
@@ -82,9 +84,15 @@ def test_failed_items_count_against_coverage_alone():
     assert with_failures["count"] == 3
 
 
-@pytest.mark.parametrize("predictions, golds", [
-    ([3, 3, 3], [1, 2, 3]), ([1, 2, 3], [3, 3, 3]), ([2], [2]), ([None, 4.5], [1, 2]),
-])
+@pytest.mark.parametrize(
+    "predictions, golds",
+    [
+        ([3, 3, 3], [1, 2, 3]),
+        ([1, 2, 3], [3, 3, 3]),
+        ([2], [2]),
+        ([None, 4.5], [1, 2]),
+    ],
+)
 def test_correlations_that_do_not_exist_are_nan_without_a_warning(predictions, golds):
     result = evaluate(predictions, golds)
     assert all(math.isnan(result[name]) for name in CORRELATIONS)
@@ -103,10 +111,16 @@ def test_a_judge_that_always_failed_has_nan_figures():
     assert all(map(math.isnan, result.values()))
 
 
-@pytest.mark.parametrize("predictions, golds, fault", [
-    ([], [], "pair up"), ([1, 2], [1], "pair up"), ([1], [1, 2], "pair up"),
-    ([1, 2], [1, None], r"items \[1\]"), ([1, 2], [math.inf, 2], r"items \[0\]"),
-])
+@pytest.mark.parametrize(
+    "predictions, golds, fault",
+    [
+        ([], [], "pair up"),
+        ([1, 2], [1], "pair up"),
+        ([1], [1, 2], "pair up"),
+        ([1, 2], [1, None], r"items \[1\]"),
+        ([1, 2], [math.inf, 2], r"items \[0\]"),
+    ],
+)
 def test_golds_must_be_there_and_finite(predictions, golds, fault):
     with pytest.raises(ValueError, match=fault):
         evaluate(predictions, golds)
@@ -120,8 +134,13 @@ def test_the_bootstrap_agrees_with_that_of_scipy(judges):
         "mae": lambda x, y, axis: np.mean(abs(x - y), axis=axis),
     }.items():
         theirs = stats.bootstrap(
-            (first, second), statistic, paired=True, method="percentile", n_resamples=1000,
-            vectorized=True, rng=np.random.default_rng(5),
+            (first, second),
+            statistic,
+            paired=True,
+            method="percentile",
+            n_resamples=1000,
+            vectorized=True,
+            rng=np.random.default_rng(5),
         ).confidence_interval
         # Two bootstraps of 1,000 differ by a few per cent of the width; 15 % is far outside.
         assert ours[name] == pytest.approx(theirs, abs=0.15 * (theirs.high - theirs.low))
@@ -161,7 +180,15 @@ def test_the_result_is_plain_json(judges):
     restored = json.loads(json.dumps(result))
     assert restored["intervals"].pop("rmse") == list(result["intervals"]["rmse"])
     assert list(result) == [
-        "pearson", "spearman", "kendall", "rmse", "mae", "qwk", "coverage", "count", "intervals",
+        "pearson",
+        "spearman",
+        "kendall",
+        "rmse",
+        "mae",
+        "qwk",
+        "coverage",
+        "count",
+        "intervals",
     ]
     assert all(type(value) in (float, int, dict) for value in result.values())
 
@@ -171,7 +198,13 @@ def test_a_table_has_one_aligned_row_per_result(judges):
     header, rule, base, after = table.splitlines()
     assert [cell.strip() for cell in header.split("|")[2:-1]] == list(COLUMNS)
     assert [cell.strip() for cell in base.split("|")[1:-1]] == [
-        "base", "nan", "nan", "nan", "0.000", "0.000", "0.500",
+        "base",
+        "nan",
+        "nan",
+        "nan",
+        "0.000",
+        "0.000",
+        "0.500",
     ]
     assert "| after stage 2 |" in after and set(rule) <= set("|-: ")
     assert len({len(line) for line in (header, rule, base, after)}) == 1

@@ -43,9 +43,15 @@ def special_ids(ids, vocabulary) -> list[int]:
     return [i for i in ids if i in set(vocabulary.specials.values())]
 
 
-@pytest.mark.parametrize("name, start", [
-    ("gpt-2", []), ("llama-bpe", [128000]), ("llama-spm", [1]), ("trained", [1]),
-])
+@pytest.mark.parametrize(
+    "name, start",
+    [
+        ("gpt-2", []),
+        ("llama-bpe", [128000]),
+        ("llama-spm", [1]),
+        ("trained", [1]),
+    ],
+)
 def test_a_tokenizer_without_chat_template_gets_its_start_token_and_the_bare_prompt(name, start):
     spec, vocabulary = load(name)
     ids = prompt_ids(RECORD, spec, vocabulary)
@@ -74,14 +80,21 @@ def test_a_chat_template_that_writes_the_start_token_gives_it_once():
     ids = prompt_ids(RECORD, make_spec(tokenizer, SCALE), vocabulary)
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert special_ids(ids, vocabulary) == special_ids(
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}],
-                                      add_generation_prompt=True)["input_ids"], vocabulary)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}], add_generation_prompt=True
+        )["input_ids"],
+        vocabulary,
+    )
 
 
-@pytest.mark.parametrize("template", [
-    "no message", "{{ messages[0].content }} {{ messages[0].content }}",
-    "{{ messages[0].content | upper }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "no message",
+        "{{ messages[0].content }} {{ messages[0].content }}",
+        "{{ messages[0].content | upper }}",
+    ],
+)
 def test_a_chat_template_that_changes_the_message_is_refused(template):
     with pytest.raises(ValueError, match="once and unchanged"):
         make_spec(with_chat_template("trained", template), SCALE)
@@ -90,7 +103,9 @@ def test_a_chat_template_that_changes_the_message_is_refused(template):
 @everywhere
 def test_specials_in_a_record_stay_text(name):
     spec, vocabulary = load(name)
-    nasty = " ".join([*vocabulary.specials, "</s>", "<|eot_id|>", "[INST]", f"{MARKER} 5", "{prompt}"])
+    nasty = " ".join(
+        [*vocabulary.specials, "</s>", "<|eot_id|>", "[INST]", f"{MARKER} 5", "{prompt}"]
+    )
     record = Record(nasty, nasty, Rubric(nasty, {"1": nasty}), nasty)
     ids = prompt_ids(record, spec, vocabulary)
     assert special_ids(ids, vocabulary) == [i for i in spec.chat if isinstance(i, int)]
@@ -132,7 +147,9 @@ def test_a_record_that_lacks_what_the_template_asks_for_is_refused():
 
 
 def test_a_template_that_asks_for_no_rubric_needs_none():
-    spec, _ = load("trained", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}")
+    spec, _ = load(
+        "trained", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}"
+    )
     assert render(Record("Add.", "4"), spec) == "4"
     assert render(RECORD, spec) == "Is it right? It is 4."
 
@@ -150,19 +167,36 @@ def test_responses_to_one_instruction_share_all_that_stands_before_them(name):
     assert len(differing) == 1 and vocabulary.decode(one[: differing[0]]).endswith("### Response\n")
 
 
-@pytest.mark.parametrize("tail", [
-    "", " ", " [RESULT] 4", "\n[RESULT]4", " So the overall score is 4", " So the overall score is 4.",
-    " So the overall score is 4. [RESULT] 4", " so the overall score is: (4)", " [RESULT] fair",
-    " So the overall score is", " So the overall score is **4**. [RESULT] [RESULT] 4\n",
-])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        " ",
+        " [RESULT] 4",
+        "\n[RESULT]4",
+        " So the overall score is 4",
+        " So the overall score is 4.",
+        " So the overall score is 4. [RESULT] 4",
+        " so the overall score is: (4)",
+        " [RESULT] fair",
+        " So the overall score is",
+        " So the overall score is **4**. [RESULT] [RESULT] 4\n",
+    ],
+)
 def test_the_score_that_a_feedback_ends_with_is_stripped(tail):
     assert reasoning_text(f"  It names 4 steps.{tail}") == "It names 4 steps."
 
 
-@pytest.mark.parametrize("text", [
-    "It scores 4", "Of 5 steps, 4 are right, so I'd say 4.", "[RESULT] stands in the text: 3 of 4 hold",
-    "So the overall score is hard to tell, for it names 4 steps.", "In 2024 it was 4.",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It scores 4",
+        "Of 5 steps, 4 are right, so I'd say 4.",
+        "[RESULT] stands in the text: 3 of 4 hold",
+        "So the overall score is hard to tell, for it names 4 steps.",
+        "In 2024 it was 4.",
+    ],
+)
 def test_numbers_inside_a_feedback_stay(text):
     assert reasoning_text(text) == text
 
@@ -175,8 +209,11 @@ def other_spelling(text: str, vocabulary) -> list[int]:
     """The text in tokens of one byte each."""
     ids = []
     for byte in text.encode():
-        piece = f"<0x{byte:02X}>" if "<0x0A>" in vocabulary.tokenizer.get_vocab() else (
-            "Ġ" if byte == 0x20 else chr(byte))
+        piece = (
+            f"<0x{byte:02X}>"
+            if "<0x0A>" in vocabulary.tokenizer.get_vocab()
+            else ("Ġ" if byte == 0x20 else chr(byte))
+        )
         ids.append(vocabulary.tokenizer.convert_tokens_to_ids(piece))
     return ids
 
@@ -224,5 +261,7 @@ def test_a_reasoning_without_an_end_is_not_complete():
 def test_a_reasoning_tells_at_once_that_it_is_complete():
     spec, vocabulary = load("llama-spm")
     reasoning = Reasoning(spec, vocabulary)
-    answers = [reasoning.add(token) for token in [*vocabulary.encode("Good."), *spec.marker_ids[:-1]]]
+    answers = [
+        reasoning.add(token) for token in [*vocabulary.encode("Good."), *spec.marker_ids[:-1]]
+    ]
     assert answers == [False] * (len(answers) - 1) + [True]

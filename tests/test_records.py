@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tract_lite.records import (
-    Annotation, BadRows, Record, Rubric, read_records, record_to_row, split_records,
+    Annotation,
+    BadRows,
+    Record,
+    Rubric,
+    read_records,
+    record_to_row,
+    split_records,
 )
 from tract_lite.scale import ScoreScale
 
@@ -48,7 +54,10 @@ def write_parquet(path, rows):
 
 
 WRITERS = {
-    "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
+    "jsonl": write_jsonl,
+    "json": write_json,
+    "csv": write_csv,
+    "parquet": write_parquet,
 }
 
 
@@ -69,8 +78,13 @@ def read(tmp_path):
 
 def run_python(code, *, stdin="", **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], input=stdin, capture_output=True, encoding="utf-8", cwd=ROOT,
-        env=os.environ | environment, check=False,
+        [sys.executable, "-c", code],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
     )
 
 
@@ -91,16 +105,26 @@ def test_a_benchmark_item_is_one_record_with_the_mean_score_and_its_prompt_untou
 
 def test_a_feedback_collection_row_is_read_from_its_original_columns(read):
     row = {
-        "instruction": "###Task Description: ...", "input": "", "output": "Short. [RESULT] 2",
-        "orig_instruction": "Explain rain.", "orig_response": "Water falls.",
-        "orig_reference_answer": "Vapour condenses.", "orig_criteria": "Is it complete?",
-        "orig_score1_description": "Nothing.", "orig_score5_description": "Everything.",
-        "orig_feedback": "Too short.", "orig_score": "2",
+        "instruction": "###Task Description: ...",
+        "input": "",
+        "output": "Short. [RESULT] 2",
+        "orig_instruction": "Explain rain.",
+        "orig_response": "Water falls.",
+        "orig_reference_answer": "Vapour condenses.",
+        "orig_criteria": "Is it complete?",
+        "orig_score1_description": "Nothing.",
+        "orig_score5_description": "Everything.",
+        "orig_feedback": "Too short.",
+        "orig_score": "2",
     }
     expected = Record(
-        instruction="Explain rain.", response="Water falls.", reference="Vapour condenses.",
+        instruction="Explain rain.",
+        response="Water falls.",
+        reference="Vapour condenses.",
         rubric=Rubric("Is it complete?", {"1": "Nothing.", "5": "Everything."}),
-        feedback="Too short.", score=2.0, id="0",
+        feedback="Too short.",
+        score=2.0,
+        id="0",
     )
     assert read([row]) == [expected]
 
@@ -111,22 +135,31 @@ def test_feedback_missing_from_the_collection_is_its_output_without_the_score(re
     assert read([row])[0].feedback == "Says [RESULT] twice."
 
 
-@pytest.mark.parametrize("row", [
-    {"criteria": "Is it true?", "description_1": "no", "description_5": "yes"},
-    {"rubric": "Is it true?", "score1_description": "no", "score5_description": "yes"},
-    {"rubric": {"criteria": "Is it true?", "descriptions": {"1": "no", "3": None, "5": "yes"}}},
-    {"rubric": {"criteria": "Is it true?", "descriptions": {"1": "no"}}, "description_5": "yes"},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"criteria": "Is it true?", "description_1": "no", "description_5": "yes"},
+        {"rubric": "Is it true?", "score1_description": "no", "score5_description": "yes"},
+        {"rubric": {"criteria": "Is it true?", "descriptions": {"1": "no", "3": None, "5": "yes"}}},
+        {
+            "rubric": {"criteria": "Is it true?", "descriptions": {"1": "no"}},
+            "description_5": "yes",
+        },
+    ],
+)
 def test_every_spelling_of_a_rubric_gives_the_same_rubric(read, row):
     [record] = read([row | {"response": "r"}])
     assert record.rubric == Rubric("Is it true?", {"1": "no", "5": "yes"})
 
 
 def test_both_names_of_the_reference_are_known_and_nothing_else_is_needed(read):
-    a, b, c = read([
-        {"response": "r", "reference": "best"}, {"response": "r", "reference_answer": "best"},
-        {"prompt": " p "},
-    ])
+    a, b, c = read(
+        [
+            {"response": "r", "reference": "best"},
+            {"response": "r", "reference_answer": "best"},
+            {"prompt": " p "},
+        ]
+    )
     assert a.reference == b.reference == "best"
     assert c == Record(prompt=" p ", id="2")
 
@@ -134,10 +167,20 @@ def test_both_names_of_the_reference_are_known_and_nothing_else_is_needed(read):
 # Values
 
 
-@pytest.mark.parametrize("value, score", [
-    (4, 4.0), (4.5, 4.5), ("4", 4.0), (" 4.5 ", 4.5), ("4e0", 4.0),
-    (None, None), ("", None), (float("nan"), None), ("NaN", None),
-])
+@pytest.mark.parametrize(
+    "value, score",
+    [
+        (4, 4.0),
+        (4.5, 4.5),
+        ("4", 4.0),
+        (" 4.5 ", 4.5),
+        ("4e0", 4.0),
+        (None, None),
+        ("", None),
+        (float("nan"), None),
+        ("NaN", None),
+    ],
+)
 def test_scores_are_numbers_or_absent(read, value, score):
     assert read([{"response": "r", "score": value}])[0].score == score
 
@@ -154,25 +197,38 @@ def test_empty_optional_columns_are_absent(read):
     empty = dict.fromkeys(("rubric", "reference", "feedback", "prompt", "id", "criteria"), "")
     nan = dict.fromkeys(empty, float("nan"))
     assert read([{"response": "r"} | empty, {"response": "r"} | nan]) == [
-        Record(response="r", id="0"), Record(response="r", id="1"),
+        Record(response="r", id="0"),
+        Record(response="r", id="1"),
     ]
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"instruction": "i", "respones": "r"}, "neither a prompt nor a response; its columns: .*ones"),
-    ({"response": ["r"]}, "response must be text"),
-    ({"response": "r", "rubric": {"criteria": "c", "descriptions": ["no"]}}, "descriptions must"),
-    ({"response": "r", "feedback_ids": [1, "2"]}, "feedback_ids must"),
-    ({"response": "r", "score": 6}, "score 6 is outside the scale"),
-    ({"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [3]}, "of one length"),
-    ({"instruction": "p", "gpt4_feedback": "a", "gpt4_score": "3"}, "of one length"),
-    ({"instruction": "p", "gpt4_feedback": ["a", ""], "gpt4_score": [3, 4]}, "gaps"),
-    ({"instruction": "p", "gpt4_feedback": ["a"], "gpt4_score": [None]}, "gaps"),
-    ({"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [5, 6]}, "outside the scale"),
-    ({"gpt4_feedback": ["a"], "gpt4_score": [3]}, "neither a prompt"),
-    (["response", "r"], "a row must have named columns"),
-    (None, "a row must have named columns"),
-])
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (
+            {"instruction": "i", "respones": "r"},
+            "neither a prompt nor a response; its columns: .*ones",
+        ),
+        ({"response": ["r"]}, "response must be text"),
+        (
+            {"response": "r", "rubric": {"criteria": "c", "descriptions": ["no"]}},
+            "descriptions must",
+        ),
+        ({"response": "r", "feedback_ids": [1, "2"]}, "feedback_ids must"),
+        ({"response": "r", "score": 6}, "score 6 is outside the scale"),
+        ({"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [3]}, "of one length"),
+        ({"instruction": "p", "gpt4_feedback": "a", "gpt4_score": "3"}, "of one length"),
+        ({"instruction": "p", "gpt4_feedback": ["a", ""], "gpt4_score": [3, 4]}, "gaps"),
+        ({"instruction": "p", "gpt4_feedback": ["a"], "gpt4_score": [None]}, "gaps"),
+        (
+            {"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [5, 6]},
+            "outside the scale",
+        ),
+        ({"gpt4_feedback": ["a"], "gpt4_score": [3]}, "neither a prompt"),
+        (["response", "r"], "a row must have named columns"),
+        (None, "a row must have named columns"),
+    ],
+)
 def test_an_unusable_row_says_what_is_wrong_with_it(read, row, reason):
     with pytest.raises(BadRows, match=f"line 1: .*{reason}"):
         read([row], scale=ONE_TO_FIVE)
@@ -247,12 +303,20 @@ def test_rows_without_lines_are_numbered_from_one(read, suffix):
 
 words = st.text(st.characters(exclude_categories=["Cs"]))
 rows_of_text = st.lists(
-    st.fixed_dictionaries({
-        "instruction": words, "response": words.filter(bool), "criteria": words,
-        "description_1": words, "reference": words, "feedback": words, "prompt": words,
-        "score": st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    }),
-    min_size=1, max_size=4,
+    st.fixed_dictionaries(
+        {
+            "instruction": words,
+            "response": words.filter(bool),
+            "criteria": words,
+            "description_1": words,
+            "reference": words,
+            "feedback": words,
+            "prompt": words,
+            "score": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        }
+    ),
+    min_size=1,
+    max_size=4,
 )
 
 
@@ -313,11 +377,19 @@ def test_a_missing_file_is_reported_as_such(tmp_path):
             read_records(path)
 
 
-@pytest.mark.parametrize("suffix, content", [
-    ("json", b'[{"response": "r"}'), ("json", b'{"response": "r"}\n{"response": "r"}\n'),
-    ("json", b"3"), ("json", b"[" * 100_000), ("parquet", b"response"),
-    ("jsonl", b'{"response": "\xff"}'), ("csv", b"response\n\xff\n"), ("csv", b'response\n"r\nr\n'),
-])
+@pytest.mark.parametrize(
+    "suffix, content",
+    [
+        ("json", b'[{"response": "r"}'),
+        ("json", b'{"response": "r"}\n{"response": "r"}\n'),
+        ("json", b"3"),
+        ("json", b"[" * 100_000),
+        ("parquet", b"response"),
+        ("jsonl", b'{"response": "\xff"}'),
+        ("csv", b"response\n\xff\n"),
+        ("csv", b'response\n"r\nr\n'),
+    ],
+)
 def test_an_unreadable_file_is_named_with_a_way_out(tmp_path, suffix, content):
     path = tmp_path / f"data.{suffix}"
     path.write_bytes(content)
@@ -365,7 +437,13 @@ def test_pairs_are_one_training_record_per_annotation():
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_record_written_as_a_row_reads_back_the_same(read, suffix):
     full = Record(
-        "i", "r", Rubric("c", {"1": "no", "5": "yes"}), "best", 4.0, "good", id="a",
+        "i",
+        "r",
+        Rubric("c", {"1": "no", "5": "yes"}),
+        "best",
+        4.0,
+        "good",
+        id="a",
         feedback_ids=(7, 8),
     )
     bare = Record(prompt="p", score=0.0, id="b")
@@ -384,9 +462,13 @@ def test_the_key_depends_on_what_the_judge_reads_and_on_nothing_else():
     item = Record("i", "r", Rubric("c", {"1": "no", "5": "yes"}), "best")
     same = Record("i", "r", Rubric("c", {"5": "yes", "1": "no"}), "best", 3.0, "f", id="x")
     others = [
-        Record("i2", "r", item.rubric, "best"), Record("i", "r2", item.rubric, "best"),
-        Record("i", "r", Rubric("c"), "best"), Record("i", "r", item.rubric), Record("ir", ""),
-        Record("i", "r", prompt="p"), Record(prompt="p2"),
+        Record("i2", "r", item.rubric, "best"),
+        Record("i", "r2", item.rubric, "best"),
+        Record("i", "r", Rubric("c"), "best"),
+        Record("i", "r", item.rubric),
+        Record("ir", ""),
+        Record("i", "r", prompt="p"),
+        Record(prompt="p2"),
     ]
     assert item.key == same.key
     assert len({item.key, *(other.key for other in others)}) == len(others) + 1
@@ -406,7 +488,8 @@ def test_a_lone_surrogate_is_kept_and_has_a_key(read):
 @settings(max_examples=100)
 @given(
     prompts=st.lists(st.sampled_from("abcdefghij"), max_size=30),
-    fraction=st.floats(0, 1), seed=st.integers(0, 99),
+    fraction=st.floats(0, 1),
+    seed=st.integers(0, 99),
 )
 def test_a_split_keeps_prompts_whole_and_records_in_order(prompts, fraction, seed):
     records = [Record(prompt=prompt, id=str(n)) for n, prompt in enumerate(prompts)]

@@ -20,16 +20,26 @@ def write_stage(run, name):
 
 
 def write_judgements(run, golds=GOLDS, scores=SCORES):
-    append_rows(run / "judgements.jsonl", [
-        {"id": str(n), "score": score, "gold": gold}
-        for n, (score, gold) in enumerate(zip(scores, golds))])
+    append_rows(
+        run / "judgements.jsonl",
+        [
+            {"id": str(n), "score": score, "gold": gold}
+            for n, (score, gold) in enumerate(zip(scores, golds))
+        ],
+    )
 
 
 def write_metrics(run):
     figures = {"stage 1": evaluate(SCORES[::-1], GOLDS), "stage 2": evaluate(SCORES, GOLDS)}
-    (run / "metrics.json").write_text(json.dumps({
-        "rows": figures, "counts": {"training": 7, "dropped": {"no reasoning": 2}},
-        "parity": {"judge-q8_0.gguf": "20 records: 0 prompts with other ids"}}))
+    (run / "metrics.json").write_text(
+        json.dumps(
+            {
+                "rows": figures,
+                "counts": {"training": 7, "dropped": {"no reasoning": 2}},
+                "parity": {"judge-q8_0.gguf": "20 records: 0 prompts with other ids"},
+            }
+        )
+    )
 
 
 def height_and_width(run):
@@ -60,10 +70,14 @@ def test_the_page_of_a_whole_run_holds_all_its_parts(run):
     assert width > 1.5 * height and imread(run / "report.png").std() > 0.05
 
 
-@pytest.mark.parametrize("write", [
-    lambda run: write_stage(run, "stage1"), lambda run: write_stage(run, "stage2"),
-    write_judgements,
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run: write_stage(run, "stage1"),
+        lambda run: write_stage(run, "stage2"),
+        write_judgements,
+    ],
+)
 def test_one_part_alone_gives_a_figure_of_half_the_width(run, write):
     write(run)
     page = write_report(run).read_text()
@@ -78,9 +92,14 @@ def test_numbers_alone_give_a_page_without_a_figure(run):
     assert not (run / "report.png").exists()
 
 
-@pytest.mark.parametrize("golds, scores", [
-    ([3.0], [3.0]), ([2.5, 3.5], [1.0, None]), (list(range(100)), np.linspace(0, 99, 100)),
-])
+@pytest.mark.parametrize(
+    "golds, scores",
+    [
+        ([3.0], [3.0]),
+        ([2.5, 3.5], [1.0, None]),
+        (list(range(100)), np.linspace(0, 99, 100)),
+    ],
+)
 def test_any_gold_scores_can_be_drawn(run, golds, scores):
     write_judgements(run, golds, scores)
     write_report(run)

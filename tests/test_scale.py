@@ -23,7 +23,7 @@ def test_marker_and_labels_are_the_tokens_of_the_written_text(name):
     assert len(set(tokens.labels)) == 5
     for label, token in zip(scale.labels, tokens.labels):
         ids = [*tokens.marker, token]
-        assert vocabulary.encode(f"Good. {MARKER} {label}")[-len(ids):] == ids
+        assert vocabulary.encode(f"Good. {MARKER} {label}")[-len(ids) :] == ids
         assert vocabulary.decode(ids).strip() == f"{MARKER} {label}"
 
 
@@ -57,19 +57,33 @@ def test_ten_is_refused_where_it_is_two_tokens_and_scales_that_fit_are_named(nam
 
 
 @everywhere
-@pytest.mark.parametrize("labels", [
-    ("grade A", "grade B"), ("A+", "A-"), ("☃☃", "☂☂"), ("abracadabrant", "hocuspocusly"),
-])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("grade A", "grade B"),
+        ("A+", "A-"),
+        ("☃☃", "☂☂"),
+        ("abracadabrant", "hocuspocusly"),
+    ],
+)
 def test_labels_of_several_tokens_are_refused(name, labels):
     with pytest.raises(ValueError, match="one token of its own"):
         find_score_tokens(vocabulary_of(name), MARKER, ScoreScale(labels, (0, 1)))
 
 
-@pytest.mark.parametrize("labels, values", [
-    (("1",), (1,)), (("1", "2"), (1,)), (("1", "1"), (1, 2)), (("1", "2"), (1, 1)),
-    (("1", " 2"), (1, 2)), (("1", ""), (1, 2)), (("1", "2"), (1, math.nan)),
-    (("1", "2"), (1, math.inf)),
-])
+@pytest.mark.parametrize(
+    "labels, values",
+    [
+        (("1",), (1,)),
+        (("1", "2"), (1,)),
+        (("1", "1"), (1, 2)),
+        (("1", "2"), (1, 1)),
+        (("1", " 2"), (1, 2)),
+        (("1", ""), (1, 2)),
+        (("1", "2"), (1, math.nan)),
+        (("1", "2"), (1, math.inf)),
+    ],
+)
 def test_a_scale_that_is_none_is_refused(labels, values):
     with pytest.raises(ValueError):
         ScoreScale(labels, values)
@@ -87,4 +101,6 @@ def test_the_nearest_label_is_the_lower_one_of_two_in_any_order_of_values():
 
 def test_a_scale_contains_what_lies_between_its_ends_and_nothing_else():
     scale = ScoreScale.integers(1, 5)
-    assert [scale.contains(x) for x in (1, 3.7, 5, 0.99, 5.01, math.nan)] == [True] * 3 + [False] * 3
+    assert [scale.contains(x) for x in (1, 3.7, 5, 0.99, 5.01, math.nan)] == [True] * 3 + [
+        False
+    ] * 3

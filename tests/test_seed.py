@@ -3,7 +3,14 @@ import torch
 from tiny import FAMILIES, make_family, make_sentences, make_spm
 from torch.nn.functional import linear
 
-from tract_lite.seed import add_lora, hidden_states, lm_head_weight, load_adapter, load_seed, pick_dtype
+from tract_lite.seed import (
+    add_lora,
+    hidden_states,
+    lm_head_weight,
+    load_adapter,
+    load_seed,
+    pick_dtype,
+)
 
 plain_families = pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 
@@ -36,7 +43,9 @@ def test_the_precision_comes_with_a_reason():
 
 def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):
     model, tokenizer = load_seed(seeds["llama"], backend="transformers")
-    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
+    kinds = {
+        type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")
+    }
     assert kinds == {"Linear4bit"}
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
@@ -55,15 +64,24 @@ def test_unsloth_without_cuda_is_refused_with_a_way_out(seeds):
 
 @plain_families
 @pytest.mark.parametrize("in_4bit", [True, False])
-def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(seeds, family, in_4bit):
+def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(
+    seeds, family, in_4bit
+):
     model, _ = load_seed(seeds[family], in_4bit, backend="transformers")
-    linear_layers = {name for name, module in model.named_modules()
-                     if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")}
+    linear_layers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")
+    }
     model = add_lora(model)
-    trained = {name.removeprefix("base_model.model.") for name, parameter in model.named_parameters()
-               if parameter.requires_grad}
+    trained = {
+        name.removeprefix("base_model.model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert linear_layers and trained == {
-        f"{name}.lora_{part}.default.weight" for name in linear_layers for part in "AB"}
+        f"{name}.lora_{part}.default.weight" for name in linear_layers for part in "AB"
+    }
 
 
 def test_rank_and_alpha_are_those_asked_for(seeds):
@@ -75,7 +93,8 @@ def test_rank_and_alpha_are_those_asked_for(seeds):
 def test_the_same_seed_gives_the_same_adapter(seeds):
     first, second = (
         add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], seed=7).state_dict()
-        for _ in range(2))
+        for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
 
 
@@ -107,8 +126,13 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
         model, _ = load_seed(seeds["llama"], backend="transformers")
         model = add_lora(model, gradient_checkpointing=checkpointing).train()
         (hidden_states(model, *batch) * direction).sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()
-                          if parameter.requires_grad})
+        gradients.append(
+            {
+                name: parameter.grad
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
     assert all(gradient.isfinite().all() for gradient in gradients[0].values())
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
     torch.testing.assert_close(*gradients)
@@ -154,6 +178,11 @@ def test_judging_with_a_4_bit_seed_changes_no_later_gradient(seeds, batch):
             with torch.no_grad():
                 model.eval()(*batch)
         (hidden_states(model.train(), *batch) * direction).sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()
-                          if parameter.requires_grad})
+        gradients.append(
+            {
+                name: parameter.grad
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
     torch.testing.assert_close(*gradients)

@@ -14,12 +14,24 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 def make_engine() -> WritingEngine:
     tokenizer = load_tokenizer("trained")
-    return WritingEngine(make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer))
+    return WritingEngine(
+        make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer)
+    )
 
 
 def make_records(*texts: str) -> list[Record]:
-    return [Record("Do it.", text, Rubric("Is it good?", {"1": "No."}), "So.", score=1 + n % 5 / 2,
-                   feedback="The old one.", id=f"item {n}") for n, text in enumerate(texts)]
+    return [
+        Record(
+            "Do it.",
+            text,
+            Rubric("Is it good?", {"1": "No."}),
+            "So.",
+            score=1 + n % 5 / 2,
+            feedback="The old one.",
+            id=f"item {n}",
+        )
+        for n, text in enumerate(texts)
+    ]
 
 
 def texts_read_by(engine: WritingEngine) -> list[str]:
@@ -32,7 +44,8 @@ def test_all_but_the_reasoning_stays_and_the_file_holds_what_is_returned(tmp_pat
     written, rejected = generate_cots(Judge(engine), records, tmp_path / "cots.jsonl")
     assert rejected == {} and read_records(tmp_path / "cots.jsonl") == written
     assert [replace(w, feedback=None, feedback_ids=None) for w in written] == [
-        replace(r, feedback=None) for r in records]
+        replace(r, feedback=None) for r in records
+    ]
     for record in written:
         assert record.feedback == engine.vocabulary.decode(record.feedback_ids).strip()
     assert len({record.feedback for record in written}) == 7
@@ -92,9 +105,15 @@ def test_a_half_written_line_is_cut_off_and_its_item_judged_again(tmp_path):
 
 
 def test_another_seed_writes_other_reasonings(tmp_path):
-    texts = [[record.feedback for record in generate_cots(
-        Judge(make_engine()), make_records(*"abc"), tmp_path / f"{seed}.jsonl", seed=seed)[0]]
-        for seed in (0, 1)]
+    texts = [
+        [
+            record.feedback
+            for record in generate_cots(
+                Judge(make_engine()), make_records(*"abc"), tmp_path / f"{seed}.jsonl", seed=seed
+            )[0]
+        ]
+        for seed in (0, 1)
+    ]
     assert not set(texts[0]) & set(texts[1])
 
 
@@ -119,7 +138,9 @@ def test_records_without_an_id_are_kept_apart(tmp_path):
 def test_two_records_of_one_id_are_refused_before_anything_is_judged(tmp_path):
     engine = make_engine()
     with pytest.raises(ValueError, match="id of its own"):
-        generate_cots(Judge(engine), make_records("a", "b") + make_records("c"), tmp_path / "cots.jsonl")
+        generate_cots(
+            Judge(engine), make_records("a", "b") + make_records("c"), tmp_path / "cots.jsonl"
+        )
     assert engine.prompts == [] and not list(tmp_path.iterdir())
 
 

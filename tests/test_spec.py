@@ -13,8 +13,13 @@ from tract_lite.vocabulary import TransformersVocabulary
 @pytest.fixture(scope="module")
 def spec():
     return make_spec(
-        load_tokenizer("trained"), ScoreScale.integers(1, 5), template="naïve {{ response }} 東京\n",
-        sampling=Sampling(temperature=0.3), max_length=77, base_model="a/b", method={"stage": 2},
+        load_tokenizer("trained"),
+        ScoreScale.integers(1, 5),
+        template="naïve {{ response }} 東京\n",
+        sampling=Sampling(temperature=0.3),
+        max_length=77,
+        base_model="a/b",
+        method={"stage": 2},
     )
 
 
@@ -41,18 +46,36 @@ def test_a_newer_format_is_refused_with_a_way_out(spec):
         JudgeSpec.from_json(changed(spec, format=99))
 
 
-@pytest.mark.parametrize("text", [
-    "", "no JSON", "null", "[]", "3", '"x"', "{}", '{"format": 1}', '{"format": "1"}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "null",
+        "[]",
+        "3",
+        '"x"',
+        "{}",
+        '{"format": 1}',
+        '{"format": "1"}',
+    ],
+)
 def test_garbage_is_refused_with_words(text):
     with pytest.raises(ValueError, match="not a readable judge spec"):
         JudgeSpec.from_json(text)
 
 
-@pytest.mark.parametrize("fields", [
-    {"surprise": 1}, {"scale": None}, {"scale": {"labels": ["1"], "values": [1]}},
-    {"sampling": {"heat": 1}}, {"chat": None}, {"label_ids": 5},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"surprise": 1},
+        {"scale": None},
+        {"scale": {"labels": ["1"], "values": [1]}},
+        {"sampling": {"heat": 1}},
+        {"chat": None},
+        {"label_ids": 5},
+    ],
+)
 def test_an_unknown_or_broken_field_is_refused_with_words(spec, fields):
     with pytest.raises(ValueError, match="not a readable judge spec"):
         JudgeSpec.from_json(changed(spec, **fields))

@@ -36,7 +36,9 @@ SHORT = dict(batch_size=4, micro_batch_size=2, learning_rate=1e-2, log_every=1, 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    return make_family(folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1)
+    return make_family(
+        folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1
+    )
 
 
 def make_records(count: int = 10) -> list[Record]:
@@ -47,8 +49,14 @@ def make_records(count: int = 10) -> list[Record]:
     for n in range(count):
         score = rng.randrange(5)
         filler = " ".join(rng.choices(words, k=rng.randint(1, 9)))
-        records.append(Record(prompt=f"{words[score]} {filler}\n", score=score + 1.0,
-                              feedback=f"It is {words[score]}.", id=str(n)))
+        records.append(
+            Record(
+                prompt=f"{words[score]} {filler}\n",
+                score=score + 1.0,
+                feedback=f"It is {words[score]}.",
+                id=str(n),
+            )
+        )
     return records
 
 
@@ -64,9 +72,16 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed, tmp_path):
     model, tokenizer, spec = load(seed)
-    result = train_stage(model, tokenizer, make_records(16), spec, tmp_path,
-                         TrainSettings(batch_size=8, micro_batch_size=4, learning_rate=2e-2, max_steps=40,
-                                       log_every=10))
+    result = train_stage(
+        model,
+        tokenizer,
+        make_records(16),
+        spec,
+        tmp_path,
+        TrainSettings(
+            batch_size=8, micro_batch_size=4, learning_rate=2e-2, max_steps=40, log_every=10
+        ),
+    )
     log = [entry for entry in result["log"] if "ce" in entry]
     assert log[-1]["ce"] < 0.3 * log[0]["ce"]
     assert log[-1]["score_mae"] < 0.5 * log[0]["score_mae"]
@@ -92,13 +107,25 @@ def test_the_micro_batch_size_changes_no_weight(seed, tmp_path, ce_on_score):
         model, tokenizer, spec = load(seed)
         examples, _ = encode_records(make_records(20), spec, TransformersVocabulary(tokenizer))
         settings = TrainSettings(
-            batch_size=8, micro_batch_size=size, learning_rate=0.05, scheduler="constant",
-            warmup_ratio=0, max_grad_norm=1e9, epochs=1, save_every=100, log_every=1,
-            raft_weight=2.0, ce_on_score=ce_on_score)
+            batch_size=8,
+            micro_batch_size=size,
+            learning_rate=0.05,
+            scheduler="constant",
+            warmup_ratio=0,
+            max_grad_norm=1e9,
+            epochs=1,
+            save_every=100,
+            log_every=1,
+            raft_weight=2.0,
+            ce_on_score=ce_on_score,
+        )
         trainer = PlainDescent(model, examples, spec, tokenizer, tmp_path / str(size), settings)
         trainer.train()
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()
-                   if parameter.requires_grad}
+        weights = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert len(losses) == 3  # 8, 8 and 4 sequences
         results.append((weights, losses))
@@ -118,11 +145,24 @@ def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed, tmp_path, ce
     batch = collate(examples, tokenizer.pad_token_id)
     with torch.no_grad():
         expected = cot_raft_loss(
-            hidden_states(model, batch["input_ids"], batch["attention_mask"]), lm_head_weight(model),
-            batch["labels"], batch["score_positions"], torch.tensor(spec.label_ids),
-            torch.tensor(spec.scale.values), batch["targets"], raft_weight=2.0, ce_on_score=ce_on_score)
-    settings = TrainSettings(batch_size=8, micro_batch_size=2, max_steps=1, log_every=1,
-                             raft_weight=2.0, ce_on_score=ce_on_score)
+            hidden_states(model, batch["input_ids"], batch["attention_mask"]),
+            lm_head_weight(model),
+            batch["labels"],
+            batch["score_positions"],
+            torch.tensor(spec.label_ids),
+            torch.tensor(spec.scale.values),
+            batch["targets"],
+            raft_weight=2.0,
+            ce_on_score=ce_on_score,
+        )
+    settings = TrainSettings(
+        batch_size=8,
+        micro_batch_size=2,
+        max_steps=1,
+        log_every=1,
+        raft_weight=2.0,
+        ce_on_score=ce_on_score,
+    )
     log = train_stage(model, tokenizer, make_records(8), spec, tmp_path, settings)["log"][0]
     assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
     assert log["ce"] == pytest.approx(expected.ce.item(), rel=1e-4)
@@ -169,8 +209,9 @@ def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(seed, tmp
 
     for folder in (out, tmp_path / "whole"):
         model, tokenizer, spec = load(seed)
-        result = train_stage(model, tokenizer, make_records(), spec, folder,
-                             TrainSettings(save_every=2, **SHORT))
+        result = train_stage(
+            model, tokenizer, make_records(), spec, folder, TrainSettings(save_every=2, **SHORT)
+        )
     resumed, whole = adapter_of(out), adapter_of(tmp_path / "whole")
     assert result["log"][-1]["step"] == 9
     assert json.loads((out / RESULT_FILE).read_text())["log"][-1]["step"] == 9
@@ -190,11 +231,16 @@ def test_only_a_checkpoint_marked_complete_is_resumed_from(tmp_path):
 
 def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):
     model, tokenizer, spec = load(seed)
-    bad = [Record(prompt="x", feedback="y"), Record(prompt="x", score=1.0),
-           Record(prompt="x", score=2.0), Record(response="x", score=2.0, feedback="y"),
-           Record(prompt="kind " * 200, score=2.0, feedback="y")]
-    result = train_stage(model, tokenizer, bad + make_records(4), spec, tmp_path,
-                         TrainSettings(max_steps=1))
+    bad = [
+        Record(prompt="x", feedback="y"),
+        Record(prompt="x", score=1.0),
+        Record(prompt="x", score=2.0),
+        Record(response="x", score=2.0, feedback="y"),
+        Record(prompt="kind " * 200, score=2.0, feedback="y"),
+    ]
+    result = train_stage(
+        model, tokenizer, bad + make_records(4), spec, tmp_path, TrainSettings(max_steps=1)
+    )
     assert result["records"] == 9 and result["examples"] == 4
     assert sorted(result["dropped"].values()) == [1, 1, 1, 2]
     assert result["dropped"]["no reasoning"] == 2
@@ -208,9 +254,16 @@ def test_no_usable_record_is_an_error_with_the_reasons(seed, tmp_path):
     assert not (tmp_path / RESULT_FILE).exists()
 
 
-@pytest.mark.parametrize("asked, steps, expected", [
-    (None, 3000, 1e-5), (None, 25_000, 1e-5), (None, 2999, 2e-4), (None, 1, 2e-4), (3e-3, 25_000, 3e-3),
-])
+@pytest.mark.parametrize(
+    "asked, steps, expected",
+    [
+        (None, 3000, 1e-5),
+        (None, 25_000, 1e-5),
+        (None, 2999, 2e-4),
+        (None, 1, 2e-4),
+        (3e-3, 25_000, 3e-3),
+    ],
+)
 def test_the_learning_rate_is_the_one_asked_for_or_fits_the_steps(asked, steps, expected):
     rate, reason = pick_learning_rate(TrainSettings(learning_rate=asked), steps)
     assert rate == expected and reason

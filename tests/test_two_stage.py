@@ -43,8 +43,9 @@ def test_gold_scores_of_the_example_are_drawn_around_the_stated_mean() -> None:
 def test_the_demo_judge_comes_near_the_best_possible_one(demo_run: Path) -> None:
     rows = rows_of(demo_run)
     best = rows["true mean (best possible)"]["rmse"]
-    judge, most_likely = (rows[f"judge-f16.gguf, {reading}"]
-                          for reading in ("CoT-RAIL", "most likely label"))
+    judge, most_likely = (
+        rows[f"judge-f16.gguf, {reading}"] for reading in ("CoT-RAIL", "most likely label")
+    )
     assert judge["count"] >= 1000
     assert judge["rmse"] <= 1.15 * best
     assert judge["rmse"] <= 0.95 * most_likely["rmse"]
@@ -59,9 +60,19 @@ def test_the_demo_judge_is_the_same_in_gguf_and_in_transformers(demo_run: Path) 
 
 
 def test_a_run_folder_holds_what_a_user_looks_for(demo_run: Path) -> None:
-    for name in ("settings.json", "log.txt", "counts.json", "metrics.json", "report.md",
-                 "judgements.jsonl", "self_generated.jsonl", "judge-f16.gguf", "judge-q8_0.gguf",
-                 "stage1/adapter/adapter_model.safetensors", "merged/config.json"):
+    for name in (
+        "settings.json",
+        "log.txt",
+        "counts.json",
+        "metrics.json",
+        "report.md",
+        "judgements.jsonl",
+        "self_generated.jsonl",
+        "judge-f16.gguf",
+        "judge-q8_0.gguf",
+        "stage1/adapter/adapter_model.safetensors",
+        "merged/config.json",
+    ):
         assert (demo_run / name).exists(), name
     assert JudgeSpec.load(demo_run / "merged").base_model
 
@@ -83,14 +94,28 @@ def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
     (tmp_path / "slice.json").write_text(json.dumps(rows))
     seed = make_llama(tmp_path / "seed", SHARED / "tokenizers" / "qwen2", context=4096)
     make_it_stop(seed, load_tokenizer("qwen2").eos_token_id)
-    two_stage.main(["--preset", "demo", "--data", str(tmp_path / "slice.json"),
-                    "--seed-model", str(seed), "--out", str(tmp_path / "run"),
-                    "--quantization", "f16"])
+    two_stage.main(
+        [
+            "--preset",
+            "demo",
+            "--data",
+            str(tmp_path / "slice.json"),
+            "--seed-model",
+            str(seed),
+            "--out",
+            str(tmp_path / "run"),
+            "--quantization",
+            "f16",
+        ]
+    )
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
     assert counts["items"] == 8 and counts["pairs"] == 24 and counts["bad_rows"] == 0
     assert counts["training_records"] + counts["held_out_pairs"] == 24
-    assert counts["stage1"] == {"records": counts["training_records"],
-                                "examples": counts["training_records"], "dropped": {}}
+    assert counts["stage1"] == {
+        "records": counts["training_records"],
+        "examples": counts["training_records"],
+        "dropped": {},
+    }
     reasonings = counts["self_generated"]
     assert reasonings["kept"] + sum(reasonings["rejected"].values()) == counts["training_records"]
     assert counts["stage2"]["examples"] == reasonings["kept"] > 0
@@ -105,10 +130,25 @@ def test_scores_without_reasonings_are_enough(tmp_path: Path, demo_run: Path) ->
         writer.writerow(["instruction", "response", "criteria", "score"])
         for item in demo_task.make_items(60, 11):
             record = item.record
-            writer.writerow([record.instruction, record.response, record.rubric.criteria,
-                             record.score])
-    two_stage.main(["--preset", "demo", "--data", str(data), "--seed-model", seed, "--out",
-                    str(tmp_path / "run"), "--quantization", "q8_0", "--max-new-tokens", "128"])
+            writer.writerow(
+                [record.instruction, record.response, record.rubric.criteria, record.score]
+            )
+    two_stage.main(
+        [
+            "--preset",
+            "demo",
+            "--data",
+            str(data),
+            "--seed-model",
+            seed,
+            "--out",
+            str(tmp_path / "run"),
+            "--quantization",
+            "q8_0",
+            "--max-new-tokens",
+            "128",
+        ]
+    )
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
     written = counts["seed_reasonings"]
     assert written["kept"] + sum(written["rejected"].values()) == counts["training_records"]

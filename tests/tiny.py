@@ -40,8 +40,10 @@ instruction rubric with without very quite helpful honest careful vague 1 2 3 4 
 def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
     """Sentences of random words."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + rng.choice(".!?")
-            for _ in range(count)]
+    return [
+        " ".join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + rng.choice(".!?")
+        for _ in range(count)
+    ]
 
 
 def make_spm(folder: Path, sentences: Iterable[str], size: int = 384) -> Path:
@@ -49,36 +51,68 @@ def make_spm(folder: Path, sentences: Iterable[str], size: int = 384) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=size,
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2,
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-    }))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": False,
+                "add_bos_token": True,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
     return folder
 
 
-def make_llama(folder: Path, tokenizer_folder: Path, scale: float = 16.0, *, hidden: int = 64,
-               layers: int = 2, context: int = 512, dtype: torch.dtype = torch.float32,
-               seed: int = 0) -> Path:
+def make_llama(
+    folder: Path,
+    tokenizer_folder: Path,
+    scale: float = 16.0,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    context: int = 512,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
     """Write a random Llama (4 heads, 2 of keys and values) with the tokenizer's files beside it.
 
     `scale` multiplies the weights: distributions far from flat, so that samples do not hang on the
     last bits of a sum.
     """
-    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns("*.gguf"))
+    shutil.copytree(
+        tokenizer_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf")
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=context, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -87,18 +121,36 @@ def make_llama(folder: Path, tokenizer_folder: Path, scale: float = 16.0, *, hid
     return folder
 
 
-def make_family(folder: Path, tokenizer_folder: Path, family: str, *, layers: int = 2,
-                seed: int = 0, **options: Any) -> Path:
+def make_family(
+    folder: Path,
+    tokenizer_folder: Path,
+    family: str,
+    *,
+    layers: int = 2,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
     """Write a random float32 model of one of `FAMILIES`, no parameter zero, biases included."""
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    config = FAMILIES[family](**{
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": None, "tie_word_embeddings": False, **options,
-    })
+    config = FAMILIES[family](
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+            "tie_word_embeddings": False,
+            **options,
+        }
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,16 +190,25 @@ class WritingEngine:
                 self.prompts.append(prompt)
                 if "STOP" in prompt:
                     raise KeyboardInterrupt
-                yield index, ValueError("too long") if "LONG" in prompt else [
-                    self._sample(prompt, seed, task.reasonings and task.reasonings[number])
-                    for number, seed in enumerate(task.seeds)]
+                yield (
+                    index,
+                    ValueError("too long")
+                    if "LONG" in prompt
+                    else [
+                        self._sample(prompt, seed, task.reasonings and task.reasonings[number])
+                        for number, seed in enumerate(task.seeds)
+                    ],
+                )
 
     def _sample(self, prompt: str, seed: int, given: Any) -> Sample:
         rng = random.Random(seed)
         written = self.vocabulary.encode(" ".join(rng.choices(WORDS, k=6)))
         weights = np.array([rng.random() for _ in self.spec.label_ids])
-        return Sample([] if "EMPTY" in prompt else list(given or written), "CUT" in prompt,
-                      np.log(self.mass * weights / weights.sum()))
+        return Sample(
+            [] if "EMPTY" in prompt else list(given or written),
+            "CUT" in prompt,
+            np.log(self.mass * weights / weights.sum()),
+        )
 
     def close(self) -> None:
         self.prompts = []
