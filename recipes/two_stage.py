@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import logging
 import sys
@@ -21,19 +22,17 @@ import torch
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if torch.cuda.is_available():
+if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
     # Unsloth patches transformers, so it comes first; without CUDA it can't be imported at all.
     import unsloth  # noqa: F401
-
-import numpy as np
-from tqdm.auto import tqdm
 
 import demo_task
 from demo_seed import cached_seed
 from own_data import read_own_data
 from presets import Options, parse, preset_for
+from readings import judge_all, readings, sample_labels
 from tract_lite import (
-    Judge, Judgement, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_gguf,
+    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_gguf,
     generate_cots, load_seed, merge_adapter, read_records, train_stage,
 )
 from tract_lite.estimate import run_seconds
@@ -69,19 +68,22 @@ class TwoStage:
     def run(self) -> dict[str, Any]:
         """All steps in order; returns the metrics that are also in `metrics.json`."""
         self._open_folder()
-        training, held_out = self._data()
-        self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
-        training = self._with_reasonings(training)
-        self._stage("stage1", training)
-        training = self._self_generated(training)
-        self._stage("stage2", training)
-        files = self._export()
-        metrics = self._judge(held_out, files)
-        print(f"\n{format_table(metrics['rows'])}\n")
-        for name, figures in metrics["parity"].items():
-            print(f"{name} against transformers, {Parity(**figures)}")
-        print(f"\njudge:  {files[-1]}\nreport: {write_report(self.out)}\nall:    {self.out}/")
-        return metrics
+        log = logging.FileHandler(self.out / "log.txt")
+        logging.getLogger().addHandler(log)
+        try:
+            logger.info("run folder %s, preset %s", self.out, self.options.preset)
+            training, held_out = self._data()
+            self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
+            training = self._with_reasonings(training)
+            self._stage("stage1", training)
+            training = self._reasonings("self_generated", self.out / "stage1/adapter", training)
+            self._stage("stage2", training)
+            metrics = self._judge(held_out, self._export())
+            self._report(metrics)
+            return metrics
+        finally:
+            logging.getLogger().removeHandler(log)
+            log.close()
 
     def _open_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,6 @@ class TwoStage:
         path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         counts = self.out / "counts.json"
         self.counts = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
-        logging.getLogger().addHandler(logging.FileHandler(self.out / "log.txt"))
-        logger.info("run folder %s, preset %s", self.out, self.options.preset)
 
     def _count(self, **counts: Any) -> None:
         """Keep what was read, dropped and used, for the log, the report and a second call."""
@@ -155,10 +155,18 @@ class TwoStage:
             return training
         logger.info("%d of %d training records have a score and no reasoning: the seed writes one",
                     len(lacking), len(training))
-        written, rejected = generate_cots(
-            self._judge_from(None), lacking, self.out / "seed_reasonings.jsonl")
-        self._count(seed_reasonings={"kept": len(written), "rejected": dict(rejected)})
+        written = self._reasonings("seed_reasonings", None, lacking)
         return [record for record in training if record.feedback] + written
+
+    def _reasonings(self, name: str, adapter: Path | None,
+                    records: Sequence[Record]) -> list[Record]:
+        """The records with a reasoning of the seed's own or, with an adapter, of its judge."""
+        path = self.out / f"{name}.jsonl"
+        if name not in self.counts:
+            logger.info("%s: writing a reasoning for each of %d records", name, len(records))
+            kept, rejected = generate_cots(self._judge_from(adapter), records, path)
+            self._count(**{name: {"kept": len(kept), "rejected": dict(rejected)}})
+        return read_records(path)
 
     def _stage(self, name: str, training: list[Record]) -> None:
         folder = self.out / name
@@ -168,7 +176,9 @@ class TwoStage:
             model = add_lora(model, gradient_checkpointing=self.preset.gradient_checkpointing)
             if name == "stage1":
                 self._estimate(model, tokenizer, training, spec)
-            result = train_stage(model, tokenizer, training, spec, folder, self.preset.training)
+            train_stage(model, tokenizer, training, spec, folder, self.preset.training)
+        if name not in self.counts:
+            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
             self._count(**{name: {key: result[key] for key in ("records", "examples", "dropped")}})
 
     def _estimate(self, model: Any, tokenizer: Any, training: Sequence[Record],
@@ -178,15 +188,6 @@ class TwoStage:
         stage, reasonings = seconds["stage"] / 3600, seconds["reasonings"] / 3600
         logger.info("this run takes about %.2f hours: %.2f for each stage, %.2f for the reasonings "
                     "between them", 2 * stage + reasonings, stage, reasonings)
-
-    def _self_generated(self, training: list[Record]) -> list[Record]:
-        path = self.out / "self_generated.jsonl"
-        if "self_generated" not in self.counts:
-            logger.info("the stage-1 judge writes its own reasonings")
-            kept, rejected = generate_cots(
-                self._judge_from(self.out / "stage1" / "adapter"), training, path)
-            self._count(self_generated={"kept": len(kept), "rejected": dict(rejected)})
-        return read_records(path)
 
     def _export(self) -> list[Path]:
         merged = self.out / "merged"
@@ -211,21 +212,21 @@ class TwoStage:
             items = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
             rows["true mean (best possible)"] = evaluate([item.mean for item in items], golds)
         stage_1 = self._judge_from(self.out / "stage1" / "adapter")
-        judged = _judge_all(stage_1, held_out, "stage 1")
+        judged = judge_all(stage_1, held_out, "stage 1")
         rows["stage 1, CoT-RAIL"] = evaluate([j.score for j in judged], golds)
         del stage_1
         stage_2 = self._judge_from(self.out / "stage2" / "adapter")
-        judged = _judge_all(stage_2, held_out, "stage 2")
-        rows["stage 2, sampled label"] = evaluate(_sample_labels(judged, self.scale), golds)
-        rows |= _readings("stage 2", judged, golds)
+        judged = judge_all(stage_2, held_out, "stage 2")
+        rows["stage 2, sampled label"] = evaluate(sample_labels(judged, self.scale), golds)
+        rows |= readings("stage 2", judged, golds)
         # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
         other = stage_2 if torch.cuda.is_available() else Judge.from_pretrained(
             self.out / "merged", batch_size=self.preset.batch_size)
         few, parity = held_out[: self.preset.gguf_items], {}
         for file in files:
             with Judge.from_gguf(file, parallel=16) as judge:
-                judged = _judge_all(judge, few, file.name)
-                rows |= _readings(file.name, judged, golds[: len(few)])
+                judged = judge_all(judge, few, file.name)
+                rows |= readings(file.name, judged, golds[: len(few)])
                 parity[file.name] = dataclasses.asdict(compare(judge, other, few, judged))
         write_rows(self.out / "judgements.jsonl",
                    ({**j.to_row(), "gold": gold} for j, gold in zip(judged, golds)))
@@ -233,23 +234,12 @@ class TwoStage:
         path.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         return metrics
 
-
-def _judge_all(judge: Judge, records: Sequence[Record], name: str) -> list[Judgement]:
-    return list(tqdm(judge.score_many(records), f"judging: {name}", len(records)))
-
-
-def _readings(name: str, judged: Sequence[Judgement], golds: Sequence[float]) -> dict[str, Any]:
-    return {
-        f"{name}, most likely label": evaluate([j.mode for j in judged], golds),
-        f"{name}, CoT-RAIL": evaluate([j.score for j in judged], golds),
-    }
-
-
-def _sample_labels(judged: Sequence[Judgement], scale: ScoreScale) -> list[float | None]:
-    """A label for each judgement, drawn from its distribution over the labels."""
-    draw = np.random.default_rng(0)
-    return [None if j.error else draw.choice(scale.values, p=[
-        j.probabilities[label] / j.mass for label in scale.labels]) for j in judged]
+    def _report(self, metrics: dict[str, Any]) -> None:
+        print(f"\n{format_table(metrics['rows'])}\n")
+        for name, figures in metrics["parity"].items():
+            print(f"{name} against transformers, {Parity(**figures)}")
+        judge = self.out / f"judge-{self.preset.quantization[-1]}.gguf"
+        print(f"\njudge:  {judge}\nreport: {write_report(self.out)}\nall:    {self.out}/")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ transformers with bitsandbytes.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -46,7 +47,8 @@ def load_seed(name_or_path: str | Path, load_in_4bit: bool = True, max_seq_lengt
               backend: str = "auto") -> tuple[Any, Any]:
     """A seed model and its tokenizer, ready for `add_lora`.
 
-    `backend`: "unsloth", "transformers", or "auto" (Unsloth where CUDA is there).
+    `backend`: "unsloth", "transformers", or "auto" (Unsloth where it
+    and CUDA are there).
 
     Raises:
         RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without CUDA.
@@ -54,7 +56,12 @@ def load_seed(name_or_path: str | Path, load_in_4bit: bool = True, max_seq_lengt
     dtype, reason = pick_dtype()
     logger.info("precision: %s", reason)
     if backend == "auto":
-        backend = "unsloth" if torch.cuda.is_available() else "transformers"
+        backend = "transformers"
+        if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
+            backend = "unsloth"
+        elif torch.cuda.is_available():
+            logger.warning("unsloth is not installed, training is slower without it: "
+                           "pip install -r requirements-gpu.txt")
     name = str(name_or_path)
     if backend == "unsloth":
         return _load_with_unsloth(name, load_in_4bit, max_seq_length, dtype)
