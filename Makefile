@@ -12,9 +12,9 @@ endif
 install: $(STAMP)
 
 # The last line fetches llama.cpp's converter, so that tests and exports find it in the cache.
-$(STAMP): requirements.txt requirements-gpu.txt constraints-cpu.txt
+$(STAMP): requirements.txt requirements-gpu.txt constraints-cpu.txt pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install $(REQUIREMENTS) pytest hypothesis
+	.venv/bin/python -m pip install $(REQUIREMENTS) pytest hypothesis -e .
 	.venv/bin/python -c "from tract_lite.gguf import llama_cpp_source; llama_cpp_source()"
 	touch $(STAMP)
 
