@@ -5,13 +5,14 @@ import pytest
 import torch
 from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import TopPLogitsWarper
 
 from tract_lite.prompt import cut_reasoning, make_spec
 from tract_lite.sampling import Task
 from tract_lite.scale import ScoreScale
 from tract_lite.seed import add_lora, load_seed
 from tract_lite.spec import Sampling
-from tract_lite.torch_engine import TransformersEngine
+from tract_lite.torch_engine import TransformersEngine, _SeededSampler
 
 LENGTH = 24
 
@@ -224,3 +225,15 @@ def test_a_4_bit_seed_with_an_adapter_answers_too(folder, spec):
 def test_a_spec_of_another_vocabulary_is_refused(model, tokenizer, spec):
     with pytest.raises(ValueError, match="not the one"):
         TransformersEngine(model, tokenizer, replace(spec, pieces=("x",) * len(spec.pieces)))
+
+
+def test_tokens_are_drawn_from_the_nucleus_that_transformers_would_keep():
+    count = 20_000
+    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    kept = TopPLogitsWarper(0.9)(None, logits).softmax(-1)[0]
+    sampler = _SeededSampler(Sampling(top_p=0.9, repetition_penalty=1.0), range(count), 1)
+    started = torch.zeros(count, 1, dtype=torch.long)
+    drawn = sampler(started, logits.expand(count, -1)).argmax(-1).bincount(minlength=50) / count
+    assert ((drawn > 0) <= (kept > 0)).all()
+    # Five standard errors of a share: a false alarm in one of 30,000 changes of the seeds.
+    assert ((drawn - kept).abs() <= 5 * (kept * (1 - kept) / count).sqrt()).all()
