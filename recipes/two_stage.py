@@ -36,7 +36,7 @@ from tract_lite import (
     generate_cots, load_seed, merge_adapter, read_records, train_stage,
 )
 from tract_lite.estimate import run_seconds
-from tract_lite.jsonl import write_rows
+from tract_lite.jsonl import write_json, write_rows
 from tract_lite.metrics import format_table
 from tract_lite.parity import Parity, compare
 from tract_lite.prompt import DEFAULT_TEMPLATE, make_spec
@@ -92,14 +92,14 @@ class TwoStage:
             **dataclasses.asdict(self.options), **dataclasses.asdict(self.preset)}))
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
             raise ValueError(f"{self.out} holds a run with other settings: choose another --out")
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        write_json(path, settings)
         counts = self.out / "counts.json"
         self.counts = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
 
     def _count(self, **counts: Any) -> None:
         """Keep what was read, dropped and used, for the log, the report and a second call."""
         self.counts |= counts
-        (self.out / "counts.json").write_text(json.dumps(self.counts, indent=1), encoding="utf-8")
+        write_json(self.out / "counts.json", self.counts)
         logger.info("%s", json.dumps(counts))
 
     def _data(self) -> tuple[list[Record], list[Record]]:
@@ -231,7 +231,7 @@ class TwoStage:
         write_rows(self.out / "judgements.jsonl",
                    ({**j.to_row(), "gold": gold} for j, gold in zip(judged, golds)))
         metrics = {"rows": rows, "parity": parity, "counts": self.counts}
-        path.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        write_json(path, metrics)
         return metrics
 
     def _report(self, metrics: dict[str, Any]) -> None:

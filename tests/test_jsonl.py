@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tract_lite.jsonl import append_rows, read_rows, write_rows
+from tract_lite.jsonl import append_rows, read_rows, write_json, write_rows
 
 
 def test_rows_are_read_back_in_order_over_several_calls(tmp_path):
@@ -74,3 +74,14 @@ def test_what_is_no_jsonl_is_refused_by_name(tmp_path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="rows.jsonl is not JSONL"):
         read_rows(path)
+
+
+def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "counts.json"
+    write_json(path, {"kept": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"kept": object()})
+    assert json.loads(path.read_text()) == {"kept": 1}
+    write_json(path, {"kept": 2})
+    assert json.loads(path.read_text()) == {"kept": 2}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""JSONL files whose rows are written one by one: a killed run loses at most the last one."""
+"""JSON that a killed run does not spoil: JSONL that grows row by row, files written at once."""
 
 from __future__ import annotations
 
@@ -43,4 +43,13 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.unlink(missing_ok=True)
     append_rows(unfinished, rows)
+    os.replace(unfinished, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a whole JSON file; it is there complete or not at all."""
+    path = Path(path)
+    text = json.dumps(value, indent=1)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import sys
@@ -16,6 +15,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tract_lite.encode import Example, LengthGroupedSampler, collate, encode_records
+from tract_lite.jsonl import write_json
 from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.records import Record
 from tract_lite.seed import for_training, hidden_states, lm_head_weight, pick_dtype
@@ -89,7 +89,7 @@ def train_stage(model: Any, tokenizer: Any, records: Sequence[Record], spec: Jud
         "settings": asdict(settings), "learning_rate": trainer.args.learning_rate,
         "log": trainer.state.log_history,
     }
-    (out_dir / RESULT_FILE).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_json(out_dir / RESULT_FILE, result)
     return result
 
 
