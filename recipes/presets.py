@@ -13,6 +13,7 @@ from typing import Sequence
 import torch
 
 from tract_lite import TrainSettings
+from tract_lite.seed import PRECISIONS
 
 logger = logging.getLogger("two_stage")
 
@@ -22,9 +23,9 @@ MISTRAL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"
 
 @dataclass(frozen=True)
 class Preset:
-    """`max_items` is chosen so that a run ends overnight; `held_out` items are kept for judging,
-    `gguf_items` of them are judged with each GGUF file. No `data`: the built-in example; no
-    `seed_model`: a toy one, made for the data."""
+    """`max_items` is chosen so that a run ends overnight, `validation` of them at most are not
+    trained on; `held_out` items are kept for judging, `gguf_items` of them are judged with each
+    GGUF file. No `data`: the built-in example; no `seed_model`: a toy one, made for the data."""
 
     training: TrainSettings
     data: str | None
@@ -32,6 +33,7 @@ class Preset:
     max_items: int
     held_out: int
     gguf_items: int
+    validation: int = 100
     max_length: int = 3000
     max_new_tokens: int = 1024
     batch_size: int = 8
@@ -42,17 +44,17 @@ class Preset:
 PRESETS = {
     "demo": Preset(
         training=TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3),
-        data=None, seed_model=None, max_items=2500, held_out=1000, gguf_items=1000,
+        data=None, seed_model=None, max_items=2600, held_out=1000, gguf_items=1000,
         max_length=256, max_new_tokens=96, batch_size=250, gradient_checkpointing=False,
         quantization=("f16", "q8_0"),
     ),
     "24gb": Preset(
-        training=TrainSettings(micro_batch_size=2), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
-        max_items=6000, held_out=300, gguf_items=50, batch_size=16,
+        training=TrainSettings(micro_batch_size=2, save_every=50), data=FEEDBACK_COLLECTION,
+        seed_model=MISTRAL, max_items=6000, held_out=300, gguf_items=50, batch_size=16,
     ),
     "t4": Preset(
-        training=TrainSettings(), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
-        max_items=1000, held_out=100, gguf_items=10,
+        training=TrainSettings(save_every=25), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
+        max_items=1000, held_out=100, gguf_items=10, validation=40,
     ),
 }
 
@@ -79,6 +81,7 @@ class Options:
     epochs: float | None = None
     quantization: tuple[str, ...] | None = None
     base: str = "4bit"
+    precision: str | None = None
     skip_bad: bool = False
 
 
@@ -113,6 +116,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--quantization", nargs="+", help="GGUF types, such as f16 q8_0 q4_k_m")
     parser.add_argument("--base", choices=("4bit", "16bit"), default="4bit",
                         help="weights that the adapter is merged onto (default: 4bit)")
+    parser.add_argument("--precision", choices=PRECISIONS,
+                        help="type to compute in (default: by the hardware)")
     parser.add_argument("--skip-bad", action="store_true", help="go on without unusable rows")
     chosen = vars(parser.parse_args(arguments))
     if chosen["preset"] is None:

@@ -2,8 +2,10 @@
 
     python recipes/two_stage.py --preset demo
     python recipes/two_stage.py --data my_scores.csv --out runs/mine
+    accelerate launch --multi_gpu recipes/two_stage.py --data my_scores.csv
 
-A second call with the same --out goes on where the first one stopped.
+A second call with the same --out goes on where the first one stopped. With several GPUs, all of
+them train; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.util
 import json
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -26,14 +29,17 @@ if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
     # Unsloth patches transformers, so it comes first; without CUDA it can't be imported at all.
     import unsloth  # noqa: F401
 
+from accelerate import PartialState
+
 import demo_task
 from demo_seed import cached_seed
 from own_data import read_own_data
 from presets import Options, parse, preset_for
 from readings import judge_all, readings, sample_labels
+from run_folder import RunFolder
 from tract_lite import (
     Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_gguf,
-    generate_cots, load_seed, merge_adapter, read_records, train_stage,
+    generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
 )
 from tract_lite.estimate import run_seconds
 from tract_lite.jsonl import write_json, write_rows
@@ -47,6 +53,12 @@ from tract_lite.train import RESULT_FILE
 
 logger = logging.getLogger("two_stage")
 
+# As TRACT's; of fewer records, the best step would be found by chance.
+VALIDATION_SHARE = 0.05
+LEAST_VALIDATION = 20
+# Processes wait for what the first one writes.
+WAIT = timedelta(days=7)
+
 
 class TwoStage:
     """One run and its folder; each step leaves a file by which a second call knows it is done."""
@@ -55,6 +67,8 @@ class TwoStage:
         self.options = options
         self.preset = preset_for(options)
         self.out = Path(options.out)
+        self.processes = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+        self.folder = RunFolder(self.out, self.processes.is_main_process)
         low, _, high = options.scale.partition("-")
         self.is_example = self.preset.data is None
         self.scale = ScoreScale.integers(int(low), int(high))
@@ -65,42 +79,22 @@ class TwoStage:
             "sampling": Sampling(max_new_tokens=self.preset.max_new_tokens),
         }
 
-    def run(self) -> dict[str, Any]:
-        """All steps in order; returns the metrics that are also in `metrics.json`."""
-        self._open_folder()
-        log = logging.FileHandler(self.out / "log.txt")
-        logging.getLogger().addHandler(log)
-        try:
-            logger.info("run folder %s, preset %s", self.out, self.options.preset)
-            training, held_out = self._data()
-            self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
-            training = self._with_reasonings(training)
+    def run(self) -> None:
+        """All steps in order."""
+        processes, folder = self.processes, self.folder
+        with folder.log():
+            # What the first process has written, the others find done.
+            with processes.main_process_first():
+                folder.open(dataclasses.asdict(self.options) | dataclasses.asdict(self.preset))
+                training, held_out = self._data()
+                self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
+                training = self._with_reasonings(training)
             self._stage("stage1", training)
-            training = self._reasonings("self_generated", self.out / "stage1/adapter", training)
+            with processes.main_process_first():
+                training = self._reasonings("self_generated", self.out / "stage1/adapter", training)
             self._stage("stage2", training)
-            metrics = self._judge(held_out, self._export())
-            self._report(metrics)
-            return metrics
-        finally:
-            logging.getLogger().removeHandler(log)
-            log.close()
-
-    def _open_folder(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "settings.json"
-        settings = json.loads(json.dumps({
-            **dataclasses.asdict(self.options), **dataclasses.asdict(self.preset)}))
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise ValueError(f"{self.out} holds a run with other settings: choose another --out")
-        write_json(path, settings)
-        counts = self.out / "counts.json"
-        self.counts = json.loads(counts.read_text(encoding="utf-8")) if counts.exists() else {}
-
-    def _count(self, **counts: Any) -> None:
-        """Keep what was read, dropped and used, for the log, the report and a second call."""
-        self.counts |= counts
-        write_json(self.out / "counts.json", self.counts)
-        logger.info("%s", json.dumps(counts))
+            if processes.is_main_process:
+                self._report(self._judge(held_out, self._export()))
 
     def _data(self) -> tuple[list[Record], list[Record]]:
         """The training pairs and the held-out items, the same ones at a second call."""
@@ -110,8 +104,15 @@ class TwoStage:
             write_rows(training_file, map(record_to_row, training))
             write_rows(held_out_file, map(record_to_row, held_out))
         training, held_out = read_records(training_file), read_records(held_out_file)
-        self._count(training_records=len(training), held_out_items=len(held_out))
+        self.validation = self._choose_validation(training)
+        self.folder.count(training_records=len(training), held_out_items=len(held_out))
         return training, held_out
+
+    def _choose_validation(self, training: Sequence[Record]) -> set[str]:
+        """The keys of the records that each stage is validated on, and not trained on."""
+        share = min(VALIDATION_SHARE, self.preset.validation / len(training))
+        _, chosen = split_records(training, share)
+        return {record.key for record in chosen} if len(chosen) >= LEAST_VALIDATION else set()
 
     def _read_data(self) -> tuple[list[Record], list[Record]]:
         if self.is_example:
@@ -122,7 +123,7 @@ class TwoStage:
             self.preset.data, self.options.split, self.scale,
             self.options.skip_bad, self.preset.max_items, self.preset.held_out,
         )
-        self._count(**counts)
+        self.folder.count(**counts)
         return training, held_out
 
     def _toy_seed(self, training: Sequence[Record]) -> Path:
@@ -138,7 +139,8 @@ class TwoStage:
     def _load(self, adapter: Path | None = None) -> tuple[Any, Any, JudgeSpec]:
         gc.collect()
         torch.cuda.empty_cache()
-        model, tokenizer = load_seed(self.seed_model, max_seq_length=self.preset.max_length)
+        model, tokenizer = load_seed(self.seed_model, max_seq_length=self.preset.max_length,
+                                     precision=self.options.precision)
         method = dataclasses.asdict(self.preset.training)
         # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
         spec = make_spec(tokenizer, base_model=model.config._name_or_path, method=method,
@@ -162,24 +164,29 @@ class TwoStage:
                     records: Sequence[Record]) -> list[Record]:
         """The records with a reasoning of the seed's own or, with an adapter, of its judge."""
         path = self.out / f"{name}.jsonl"
-        if name not in self.counts:
+        if name not in self.folder.counts:
             logger.info("%s: writing a reasoning for each of %d records", name, len(records))
             kept, rejected = generate_cots(self._judge_from(adapter), records, path)
-            self._count(**{name: {"kept": len(kept), "rejected": dict(rejected)}})
+            self.folder.count(**{name: {"kept": len(kept), "rejected": dict(rejected)}})
         return read_records(path)
 
     def _stage(self, name: str, training: list[Record]) -> None:
         folder = self.out / name
         if not (folder / RESULT_FILE).exists():
-            logger.info("%s: training on %d records", name, len(training))
+            validation = [record for record in training if record.key in self.validation]
+            training = [record for record in training if record.key not in self.validation]
+            logger.info("%s: training on %d records, validating on %d", name, len(training),
+                        len(validation))
             model, tokenizer, spec = self._load()
             model = add_lora(model, gradient_checkpointing=self.preset.gradient_checkpointing)
             if name == "stage1":
                 self._estimate(model, tokenizer, training, spec)
-            train_stage(model, tokenizer, training, spec, folder, self.preset.training)
-        if name not in self.counts:
+            train_stage(model, tokenizer, training, spec, folder, self.preset.training,
+                        validation=validation)
+        if name not in self.folder.counts:
             result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-            self._count(**{name: {key: result[key] for key in ("records", "examples", "dropped")}})
+            self.folder.count(**{name: {key: result[key] for key in (
+                "records", "examples", "dropped", "validation", "kept_step")}})
 
     def _estimate(self, model: Any, tokenizer: Any, training: Sequence[Record],
                   spec: JudgeSpec) -> None:
@@ -230,7 +237,7 @@ class TwoStage:
                 parity[file.name] = dataclasses.asdict(compare(judge, other, few, judged))
         write_rows(self.out / "judgements.jsonl",
                    ({**j.to_row(), "gold": gold} for j, gold in zip(judged, golds)))
-        metrics = {"rows": rows, "parity": parity, "counts": self.counts}
+        metrics = {"rows": rows, "parity": parity, "counts": self.folder.counts}
         write_json(path, metrics)
         return metrics
 
@@ -244,8 +251,9 @@ class TwoStage:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse(arguments)
     try:
-        TwoStage(parse(arguments)).run()
+        TwoStage(options).run()
     except (ValueError, FileNotFoundError) as error:
         logger.error("error: %s", error)
         raise SystemExit(2) from error

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tract_lite"
 # The way of the data: a module imports only from above it.
 ORDER = """cache vocabulary scale spec sources records sampling prompt rail metrics jsonl loss encode seed
-train merge llama gguf engine torch_engine judge self_cot estimate parity report __main__""".split()
-NEED_TORCH = {"encode", "loss", "seed", "train", "merge", "torch_engine", "estimate"}
+settings trainer preflight train merge llama gguf engine torch_engine judge self_cot estimate parity report __main__""".split()
+NEED_TORCH = {"encode", "loss", "seed", "trainer", "preflight", "train", "merge", "torch_engine", "estimate"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "llama_cpp", "scipy", "matplotlib", "numpy")
 
 

@@ -265,6 +265,20 @@ def test_a_scaled_loss_gives_scaled_gradients():
     torch.testing.assert_close(batch["hidden_states"].grad, 1024 * expected[0])
 
 
+def test_a_gradient_below_the_least_float16_outlives_a_scaler():
+    batch = make_batch(dtype=torch.float16)
+    smallest = torch.finfo(torch.float16).smallest_normal
+    gradients = []
+    for scale in (1, 2**16):
+        leaf = batch["hidden_states"].detach().requires_grad_(True)
+        loss = cot_raft_loss(**{**batch, "hidden_states": leaf}, num_tokens=10**8, raft_weight=0.0)
+        (loss.loss * scale).backward()
+        gradients.append(leaf.grad.double() / scale)
+    lost, kept = gradients
+    assert 0 < kept.abs().max() < smallest
+    assert (lost != 0).sum() < 0.9 * (kept != 0).sum()
+
+
 def test_the_caller_s_tensors_stay_as_they_were():
     batch = make_batch()
     before = {name: value.clone() for name, value in batch.items()}

@@ -12,9 +12,10 @@ GOLDS = [1.0, 2.0, 3.0, 4.0, 5.0] * 4
 SCORES = [1.5, 1.8, 3.4, 3.6, 4.9] * 4
 
 
-def write_stage(run, name):
-    (run / name).mkdir()
+def write_stage(run, name, validation=()):
+    (run / name).mkdir(exist_ok=True)
     log = [{"step": step, "ce": 2 / step, "raft": 1 / step} for step in (1, 2, 3)]
+    log += [{"step": step, "eval_rmse": rmse} for step, rmse in enumerate(validation, 1)]
     content = {"log": [*log, {"step": 3, "train_runtime": 9.0}]}
     (run / name / "stage.json").write_text(json.dumps(content))
 
@@ -68,6 +69,22 @@ def test_the_page_of_a_whole_run_holds_all_its_parts(run):
     assert "- preset: demo\n- data: null" in page
     height, width = height_and_width(run)
     assert width > 1.5 * height and imread(run / "report.png").std() > 0.05
+
+
+def test_the_figure_shows_the_validation(run):
+    pictures = []
+    for validation in ((), (1.0, 0.8), (1.0, 0.4)):
+        write_stage(run, "stage1", validation)
+        write_report(run)
+        pictures.append((run / "report.png").read_bytes())
+    assert len(set(pictures)) == 3
+
+
+def test_a_stage_too_short_to_log_anything_is_no_hindrance(run):
+    (run / "stage1").mkdir()
+    (run / "stage1" / "stage.json").write_text(json.dumps({"log": [{"step": 3, "eval_rmse": 1}]}))
+    write_judgements(run)
+    assert "(report.png)" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(

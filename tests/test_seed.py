@@ -5,6 +5,7 @@ from torch.nn.functional import linear
 
 from tract_lite.seed import (
     add_lora,
+    compute_dtype,
     hidden_states,
     lm_head_weight,
     load_adapter,
@@ -39,6 +40,47 @@ def test_the_precision_comes_with_a_reason():
     dtype, reason = pick_dtype()
     assert dtype in (torch.float32, torch.bfloat16, torch.float16)
     assert str(dtype).removeprefix("torch.") in reason
+
+
+def pretend_card(monkeypatch, name: str, capability: tuple[int, int]) -> None:
+    """A CUDA card of that name, with a torch that has kernels for cards from a T4 on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_100"])
+
+
+@pytest.mark.parametrize(
+    "name, capability, expected",
+    [
+        ("Tesla T4", (7, 5), torch.float16),
+        ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("NVIDIA L4", (8, 9), torch.bfloat16),
+        ("NVIDIA B200", (10, 0), torch.bfloat16),
+    ],
+)
+def test_a_card_computes_in_16_bits_as_its_units_can(monkeypatch, name, capability, expected):
+    pretend_card(monkeypatch, name, capability)
+    dtype, reason = pick_dtype()
+    assert dtype == expected and name in reason
+    assert pick_dtype("float32")[0] == torch.float32
+
+
+def test_a_card_without_kernels_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    pretend_card(monkeypatch, "Tesla P100-PCIE-16GB", (6, 0))
+    with pytest.raises(RuntimeError, match="P100.*no kernels|no kernels.*P100.*T4 x2"):
+        load_seed(tmp_path / "nothing here")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_the_cpu_computes_in_float32_unless_asked(seeds):
+    model, _ = load_seed(seeds["llama"], False)
+    assert compute_dtype(model) == torch.float32
+    model, _ = load_seed(seeds["llama"], False, precision="bfloat16")
+    assert compute_dtype(model) == torch.bfloat16
+    for precision, words in (("float16", "needs a GPU"), ("int8", "must be one of")):
+        with pytest.raises(ValueError, match=words):
+            load_seed(seeds["llama"], False, precision=precision)
 
 
 def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):

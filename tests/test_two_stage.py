@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,14 @@ def test_a_run_folder_holds_what_a_user_looks_for(demo_run: Path) -> None:
     assert JudgeSpec.load(demo_run / "merged").base_model
 
 
+def test_each_stage_of_the_demo_keeps_its_best_validated_adapter(demo_run: Path) -> None:
+    for name in ("stage1", "stage2"):
+        stage = json.loads((demo_run / name / "stage.json").read_text())
+        rmse = {entry["step"]: entry["eval_rmse"] for entry in stage["log"] if "eval_rmse" in entry}
+        assert len(rmse) > 2 and stage["validation"] > 50
+        assert rmse[stage["kept_step"]] == min(rmse.values())
+
+
 def test_a_second_call_does_nothing_twice(demo_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo_run.rglob("*.safetensors")}
     two_stage.main(["--preset", "demo", "--out", str(demo_run)])
@@ -111,18 +122,18 @@ def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
     assert counts["items"] == 8 and counts["pairs"] == 24 and counts["bad_rows"] == 0
     assert counts["training_records"] + counts["held_out_pairs"] == 24
-    assert counts["stage1"] == {
-        "records": counts["training_records"],
-        "examples": counts["training_records"],
-        "dropped": {},
-    }
+    stage = counts["stage1"]
+    assert stage["records"] == stage["examples"] == counts["training_records"]
+    assert stage["dropped"] == {} and stage["validation"] == 0
     reasonings = counts["self_generated"]
     assert reasonings["kept"] + sum(reasonings["rejected"].values()) == counts["training_records"]
     assert counts["stage2"]["examples"] == reasonings["kept"] > 0
     assert (tmp_path / "run" / "judge-f16.gguf").exists()
 
 
-def test_scores_without_reasonings_are_enough(tmp_path: Path, demo_run: Path) -> None:
+def test_scores_without_reasonings_are_enough_for_two_processes(
+    tmp_path: Path, demo_run: Path
+) -> None:
     seed = json.loads((demo_run / "merged" / "judge_spec.json").read_text())["base_model"]
     data = tmp_path / "scores.csv"
     with data.open("w", newline="") as file:
@@ -133,23 +144,27 @@ def test_scores_without_reasonings_are_enough(tmp_path: Path, demo_run: Path) ->
             writer.writerow(
                 [record.instruction, record.response, record.rubric.criteria, record.score]
             )
-    two_stage.main(
-        [
-            "--preset",
-            "demo",
-            "--data",
-            str(data),
-            "--seed-model",
-            seed,
-            "--out",
-            str(tmp_path / "run"),
-            "--quantization",
-            "q8_0",
-            "--max-new-tokens",
-            "128",
-        ]
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    network = "--mixed_precision no --dynamo_backend no --main_process_port 0"
+    recipe = "--preset demo --quantization q8_0 --max-new-tokens 128"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *network.split()]
+        + [two_stage.__file__, *recipe.split()]
+        + ["--data", str(data), "--seed-model", seed, "--out", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
     written = counts["seed_reasonings"]
     assert written["kept"] + sum(written["rejected"].values()) == counts["training_records"]
+    for stage in ("stage1", "stage2"):
+        # One step of all processes together counts 8 sequences.
+        steps = 2 * math.ceil(counts[stage]["examples"] / 8)
+        assert counts[stage]["kept_step"] == steps
+    assert (
+        len((tmp_path / "run" / "seed_reasonings.jsonl").read_text().splitlines())
+        == (written["kept"])
+    )
     assert (tmp_path / "run" / "judge-q8_0.gguf").exists()

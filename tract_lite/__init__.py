@@ -19,7 +19,7 @@ _HOMES = {
     "evaluate": "metrics",
     "load_seed": "seed",
     "add_lora": "seed",
-    "TrainSettings": "train",
+    "TrainSettings": "settings",
     "train_stage": "train",
     "merge_adapter": "merge",
     "export_gguf": "gguf",

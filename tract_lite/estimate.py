@@ -12,8 +12,9 @@ from typing import Any, Sequence
 from tract_lite.encode import encode_records
 from tract_lite.judge import Judge
 from tract_lite.records import Record
+from tract_lite.settings import TrainSettings
 from tract_lite.spec import JudgeSpec
-from tract_lite.train import CotRaftTrainer, TrainSettings
+from tract_lite.trainer import CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
 
 MEASURED_BATCHES = 3

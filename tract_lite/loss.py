@@ -134,7 +134,9 @@ class _CotRaft(torch.autograd.Function):
                     continue
                 pull = 2 * scale * raft_weight * error
                 grad = probabilities.mul_((ce_weight - pull * y)[:, None])
-                grad[:, ids] += pull[:, None] * label_probabilities * values
+                grad[:, ids] = label_probabilities * (
+                    ce_weight[:, None] + pull[:, None] * (values - y[:, None])
+                )
                 grad.scatter_add_(1, token, -ce_weight[:, None])
                 if needs_hidden:
                     grad_hidden[chunk] = _project_back(grad, weight)

@@ -59,7 +59,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _stage_log(path: Path) -> list[dict[str, float]]:
-    return [entry for entry in _read_json(path).get("log", []) if TERMS.keys() <= entry.keys()]
+    """What a stage logged; nothing where it was too short to log its loss."""
+    log = _read_json(path).get("log", [])
+    return log if any(TERMS.keys() <= entry.keys() for entry in log) else []
 
 
 def _intervals(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -97,9 +99,15 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
     for ax, (term, title) in zip(axes, TERMS.items()):
         for name, log in logs.items():
             label, colour = STAGES[name]
-            ax.plot([entry["step"] for entry in log], [entry[term] for entry in log],
-                    color=colour, linewidth=1.8, label=label,
-                    marker="o" if len(log) <= FEW_POINTS else "", markersize=4)
+            steps = [(entry["step"], entry[term]) for entry in log if term in entry]
+            ax.plot(*zip(*steps), color=colour, linewidth=1.8, label=label,
+                    marker="o" if len(steps) <= FEW_POINTS else "", markersize=4)
+            checks = [(entry["step"], entry["eval_rmse"] ** 2) for entry in log
+                      if term == "raft" and "eval_rmse" in entry]
+            if checks:
+                ax.plot(*zip(*checks), color=colour, linewidth=1.2, linestyle="--", marker="o",
+                        markersize=4)
+                title = f"{TERMS[term]} (dashed: validation)"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.set_ylim(bottom=0)
         _tidy(ax)

@@ -18,17 +18,26 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = ("float32", "bfloat16", "float16")
 HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
 
 
-def pick_dtype() -> tuple[torch.dtype, str]:
+def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     """The type to compute in on this machine, and the reason for it.
+
+    `asked`: "float32", "bfloat16" or "float16"; None leaves it to the hardware.
 
     Raises:
         RuntimeError: the installed torch has no kernels for this card.
+        ValueError: another type is asked for, or float16 without a GPU.
     """
+    if asked not in (None, *PRECISIONS):
+        raise ValueError(f"the precision must be one of {', '.join(PRECISIONS)}, got {asked!r}")
     if not torch.cuda.is_available():
-        return torch.float32, "no GPU: float32 on the CPU"
+        if asked == "float16":
+            raise ValueError("float16 needs a GPU: ask for bfloat16 or float32 on this machine")
+        return getattr(torch, asked or "float32"), (
+            f"{asked} on the CPU, as asked" if asked else "no GPU: float32 on the CPU")
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     built_for = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
@@ -37,6 +46,8 @@ def pick_dtype() -> tuple[torch.dtype, str]:
             f"this torch has no kernels for {name} (compute capability {major}.{minor}; it was "
             f"built for {', '.join(built_for)}): choose another GPU, on Kaggle 'GPU T4 x2'"
         )
+    if asked:
+        return getattr(torch, asked), f"{asked} on {name}, as asked"
     # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, as on a T4.
     if major >= 8:
         return torch.bfloat16, f"{name} computes bfloat16 (capability {major}.{minor})"
@@ -44,16 +55,17 @@ def pick_dtype() -> tuple[torch.dtype, str]:
 
 
 def load_seed(name_or_path: str | Path, load_in_4bit: bool = True, max_seq_length: int = 3072,
-              backend: str = "auto") -> tuple[Any, Any]:
+              backend: str = "auto", precision: str | None = None) -> tuple[Any, Any]:
     """A seed model and its tokenizer, ready for `add_lora`.
 
-    `backend`: "unsloth", "transformers", or "auto" (Unsloth where it
-    and CUDA are there).
+    `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
+    `precision`: as in `pick_dtype`.
 
     Raises:
         RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without CUDA.
+        ValueError: an unknown backend or precision.
     """
-    dtype, reason = pick_dtype()
+    dtype, reason = pick_dtype(precision)
     logger.info("precision: %s", reason)
     if backend == "auto":
         backend = "transformers"
@@ -98,7 +110,7 @@ def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -
             bnb_4bit_compute_dtype=dtype,
         )
     if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = AutoModelForCausalLM.from_pretrained(name, **options)
     for module in model.modules():
         # Else bitsandbytes repacks the weights when a CPU with bfloat16 units first evaluates them:
@@ -162,6 +174,11 @@ def load_adapter(model: Any, adapter: str | Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+def compute_dtype(model: Any) -> torch.dtype:
+    """The type that a model from `load_seed` computes in."""
+    return model.get_input_embeddings().weight.dtype
+
+
 def hidden_states(model: Any, input_ids: torch.Tensor,
                   attention_mask: torch.Tensor) -> torch.Tensor:
     """The last hidden states (B, T, H), after the final norm and before the vocabulary projection.
@@ -177,6 +194,11 @@ def hidden_states(model: Any, input_ids: torch.Tensor,
             output_hidden_states=True, logits_to_keep=1,
         ).hidden_states[-1]
     return hidden
+
+
+def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) as the model itself computes them: much memory, for a check alone."""
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
 def lm_head_weight(model: Any) -> torch.Tensor:

@@ -1,0 +1,60 @@
+"""The folder of a run: its settings, its counts and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from tract_lite.jsonl import write_json
+
+logger = logging.getLogger("two_stage")
+
+
+class RunFolder:
+    """`writes`: whether this process is the one that keeps counts and log."""
+
+    def __init__(self, path: Path, writes: bool):
+        self.path, self._writes = path, writes
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Make the folder, or go on in it.
+
+        Raises:
+            ValueError: it holds a run with other settings.
+        """
+        file = self.path / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+            raise ValueError(f"{self.path} holds a run with other settings: choose another --out")
+        write_json(file, settings)
+        logger.info("run folder %s, preset %s", self.path, settings["preset"])
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was read, dropped and used, by step."""
+        file = self.path / "counts.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def count(self, **counts: Any) -> None:
+        """Keep counts for the log, the report and a second call."""
+        if self._writes:
+            write_json(self.path / "counts.json", self.counts | counts)
+            logger.info("%s", json.dumps(counts))
+
+    @contextmanager
+    def log(self) -> Iterator[None]:
+        """Everything that is logged goes to `log.txt` as well."""
+        if not self._writes:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / "log.txt")
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
