@@ -69,6 +69,8 @@ class TwoStage:
         self.out = Path(options.out)
         self.processes = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
         self.folder = RunFolder(self.out, self.processes.is_main_process)
+        if not self.processes.is_main_process:
+            logging.getLogger().setLevel(logging.WARNING)
         low, _, high = options.scale.partition("-")
         self.is_example = self.preset.data is None
         self.scale = ScoreScale.integers(int(low), int(high))

@@ -97,13 +97,28 @@ def test_a_stage_in_bfloat16_learns_as_well(seed, tmp_path):
     assert {weight.dtype for weight in adapter_of(tmp_path).values()} == {torch.float32}
 
 
-class PlainDescent(CotRaftTrainer):
-    """Gradient descent, which shows the scale of a gradient; Adam hides it."""
+# Plain gradient descent shows the scale of a gradient; Adam hides it.
+DESCENT = dict(optimizer="sgd", scheduler="constant", warmup_ratio=0, max_grad_norm=0, log_every=1)
 
-    def create_optimizer(self, *_):
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=self.args.learning_rate)
-        return self.optimizer
+
+def test_a_step_at_learning_rate_1_ends_in_the_same_weights_however_it_is_split(seed, tmp_path):
+    results = []
+    for size in (8, 4, 2, 1):
+        model, tokenizer, spec = load(seed)
+        before = trained_weights(model)
+        settings = TrainSettings(
+            batch_size=8, micro_batch_size=size, learning_rate=1.0, max_steps=1, **DESCENT
+        )
+        train_stage(model, tokenizer, make_records(8), spec, tmp_path / str(size), settings)
+        weights = trained_weights(model)
+        gradient = torch.cat([(before[name] - weights[name]).flatten() for name in weights])
+        results.append((weights, gradient))
+    (expected, whole), *others = results
+    assert whole.abs().max() > 0.1
+    for weights, gradient in others:
+        assert (gradient - whole).norm() <= 1e-5 * whole.norm()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("ce_on_score", [True, False])
@@ -116,16 +131,12 @@ def test_the_micro_batch_size_changes_no_weight(seed, tmp_path, ce_on_score):
             batch_size=8,
             micro_batch_size=size,
             learning_rate=0.05,
-            scheduler="constant",
-            warmup_ratio=0,
-            max_grad_norm=1e9,
             epochs=1,
-            save_every=100,
-            log_every=1,
             raft_weight=2.0,
             ce_on_score=ce_on_score,
+            **DESCENT,
         )
-        trainer = PlainDescent(model, examples, spec, tokenizer, tmp_path / str(size), settings)
+        trainer = CotRaftTrainer(model, examples, spec, tokenizer, tmp_path / str(size), settings)
         trainer.train()
         weights = trained_weights(model)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -310,14 +321,11 @@ def descend(seed: Path, out: Path, micro_batch_size: int) -> CotRaftTrainer:
         batch_size=8,
         micro_batch_size=micro_batch_size,
         learning_rate=0.05,
-        scheduler="constant",
-        warmup_ratio=0,
-        max_grad_norm=1e9,
         epochs=2,
         save_every=1,
-        log_every=1,
+        **DESCENT,
     )
-    trainer = PlainDescent(model, examples, spec, tokenizer, out, settings, validated)
+    trainer = CotRaftTrainer(model, examples, spec, tokenizer, out, settings, validated)
     trainer.train()
     return trainer
 

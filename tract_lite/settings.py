@@ -16,7 +16,8 @@ class TrainSettings:
     `learning_rate` None: 1e-5 as in the paper, or 2e-4 for a run of fewer than 3,000 steps.
     `batch_size` counts the sequences of one optimiser step, over all processes;
     `micro_batch_size` those that a process computes at once. `max_steps` ends a stage before its
-    epochs do. Every `save_every` steps, and at the end, a checkpoint is written and the validation
+    epochs do. `optimizer` is a name of transformers, such as "paged_adamw_8bit";
+    `max_grad_norm` 0 clips nothing. Every `save_every` steps, and at the end, a checkpoint is written and the validation
     records are scored.
 
     Raises:
@@ -32,6 +33,7 @@ class TrainSettings:
     raft_weight: float = 1.0
     ce_on_score: bool = True
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch_fused"
     max_steps: int = -1
     save_every: int = 100
     log_every: int = 10

@@ -113,6 +113,7 @@ def _arguments(settings: TrainSettings, out_dir: Path, learning_rate: float, dty
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,
         max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
         weight_decay=0.0,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
