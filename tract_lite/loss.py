@@ -13,7 +13,7 @@ import torch
 
 # Bounds the logits alive at once: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
-VOCABULARY_BLOCK = 8192
+VOCABULARY_BLOCK = 4096
 IGNORE_INDEX = -100
 
 
@@ -130,18 +130,20 @@ class _CotRaft(torch.autograd.Function):
                 ce += (ce_weight * (log_total - token_logits)).sum()
                 raft += (raft_weight * error.square()).sum()
                 expected[chunk] = y
-                if not (needs_hidden or needs_weight):
-                    continue
-                pull = 2 * scale * raft_weight * error
-                grad = probabilities.mul_((ce_weight - pull * y)[:, None])
-                grad[:, ids] = label_probabilities * (
-                    ce_weight[:, None] + pull[:, None] * (values - y[:, None])
-                )
-                grad.scatter_add_(1, token, -ce_weight[:, None])
-                if needs_hidden:
-                    grad_hidden[chunk] = _project_back(grad, weight)
-                if needs_weight:
-                    grad_weight.addmm_(grad.T, h)
+                if needs_hidden or needs_weight:
+                    pull = 2 * scale * raft_weight * error
+                    grad = probabilities.mul_((ce_weight - pull * y)[:, None])
+                    grad[:, ids] = label_probabilities * (
+                        ce_weight[:, None] + pull[:, None] * (values - y[:, None])
+                    )
+                    grad.scatter_add_(1, token, -ce_weight[:, None])
+                    if needs_hidden:
+                        grad_hidden[chunk] = _project_back(grad, weight)
+                    if needs_weight:
+                        grad_weight.addmm_(grad.T, h)
+                    del grad
+                # Else two chunks of logits are alive at once.
+                del logits, probabilities
         ctx.grads, ctx.types = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(ce, raft, expected)
         return ce + scale * raft, ce, raft, expected
