@@ -1,10 +1,14 @@
+import math
+import random
 from dataclasses import replace
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
 from llama_cpp import llama_perf_context
 from tiny import make_llama, make_sentences, make_spm
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import (
     LogitsProcessorList,
@@ -13,7 +17,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from tract_lite.engine import LlamaEngine
+from tract_lite import engine as engine_module
+from tract_lite.engine import LlamaEngine, default_parallel
 from tract_lite.gguf import export_gguf
 from tract_lite.prompt import make_spec
 from tract_lite.sampling import Task
@@ -268,3 +273,202 @@ def test_the_spec_comes_from_the_file_unless_one_is_given(path, spec):
 def test_a_spec_of_another_vocabulary_is_refused(path, spec):
     with pytest.raises(ValueError, match="not the one the judge was trained with"):
         LlamaEngine(path, replace(spec, pieces=("x",) * len(spec.pieces)))
+
+
+LENGTHS = (10, 100, 500, 1000, 2000)
+
+
+def topic_prompt(rng: random.Random, length: int, topic: int) -> list[int]:
+    """Random ids, half of them from the topic's own 15."""
+    drawn = [
+        rng.randrange(300 + 15 * topic, 315 + 15 * topic)
+        if rng.random() < 0.5
+        else rng.randrange(3, 384)
+        for _ in range(length - 1)
+    ]
+    return [BOS, *drawn]
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A folder with a judge that has learnt to read the topic of prompts of 10 to 2,000 tokens.
+
+    The label is the topic's in 6 of 10 cases, so that the distribution is neither flat nor sure.
+    """
+    make_llama(folder / "trained", folder / "spm", 4.0, context=2304)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "trained")
+    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=2304)
+    model, rng = AutoModelForCausalLM.from_pretrained(folder / "trained"), random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        length = int(math.exp(rng.uniform(math.log(10), math.log(2000))))
+        rows, labels = [], []
+        for _ in range(max(2, 2000 // length)):
+            topic = rng.randrange(5)
+            rows.append([*topic_prompt(rng, length, topic), *spec.marker_ids])
+            labels.append(spec.label_ids[topic if rng.random() < 0.5 else rng.randrange(5)])
+        logits = model(torch.tensor(rows), logits_to_keep=1).logits[:, -1]
+        F.cross_entropy(logits, torch.tensor(labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "trained")
+    spec.save(folder / "trained")
+    return folder / "trained"
+
+
+@pytest.fixture(scope="module")
+def trained_path(trained):
+    return export_gguf(trained, trained / "judge-f32.gguf", "f32")
+
+
+@pytest.fixture(scope="module")
+def long_tasks(trained):
+    """Sixteen tasks with given reasonings, and the label logits and probabilities of float32."""
+    spec, rng = JudgeSpec.load(trained), random.Random(1)
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
+    tasks, logits, probabilities = [], [], []
+    for number in range(16):
+        length = (*LENGTHS, 2000, 1000, 700, 300, 50)[number % 10]
+        reasoning = [rng.randrange(3, 384) for _ in range(number)]
+        tasks.append(Task(topic_prompt(rng, length, number % 5), [number], [reasoning]))
+        row = reference_logits(model, [*tasks[-1].prompt, *reasoning, *spec.marker_ids])
+        logits.append(row[list(spec.label_ids)].numpy())
+        probabilities.append(row.softmax(-1)[list(spec.label_ids)].numpy())
+    return tasks, np.array(logits), np.array(probabilities)
+
+
+@pytest.fixture
+def label_logits(monkeypatch):
+    """The logits of the labels that an engine read its scores from, in that order."""
+    read, original = [], engine_module.label_log_probabilities
+
+    def spy(logits, label_ids):
+        read.append(np.array(logits)[list(label_ids)])
+        return original(logits, label_ids)
+
+    monkeypatch.setattr(engine_module, "label_log_probabilities", spy)
+    return read
+
+
+def test_the_judge_of_the_exactness_tests_is_neither_flat_nor_sure(long_tasks):
+    tasks, _, probabilities = long_tasks
+    assert {len(task.prompt) for task in tasks} >= set(LENGTHS)
+    assert (probabilities.sum(axis=1) >= 0.9).all()
+    assert (probabilities.max(axis=1) < 0.9).all() and np.ptp(probabilities, axis=0).min() > 0.2
+
+
+@pytest.mark.parametrize("parallel", [1, 16], ids=["alone", "beside 15 others"])
+def test_in_float32_label_logits_and_probabilities_are_those_of_transformers(
+    trained_path, long_tasks, label_logits, parallel
+):
+    tasks, logits, probabilities = long_tasks
+    with open_engine(trained_path, parallel=parallel) as engine:
+        answers = list(engine.run(tasks))
+    for (index, [sample]), found in zip(answers, label_logits):
+        np.testing.assert_allclose(found, logits[index], atol=1e-3)
+        np.testing.assert_allclose(
+            np.exp(sample.label_log_probabilities), probabilities[index], atol=1e-4
+        )
+
+
+def test_in_float16_with_the_defaults_probabilities_are_near_those_of_transformers(
+    trained, long_tasks
+):
+    tasks, _, probabilities = long_tasks
+    with LlamaEngine(export_gguf(trained, trained / "judge-f16.gguf", "f16")) as engine:
+        answers = dict(engine.run(tasks))
+    found = np.exp([answers[index][0].label_log_probabilities for index in range(len(tasks))])
+    np.testing.assert_allclose(found, probabilities, atol=1e-2)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many tokens of each sequence every batch holds."""
+    found, decode = [], engine_module.Context.decode
+
+    def spy(self, tokens, positions, sequences, outputs):
+        found.append({number: sequences.count(number) for number in set(sequences)})
+        return decode(self, tokens, positions, sequences, outputs)
+
+    monkeypatch.setattr(engine_module.Context, "decode", spy)
+    return found
+
+
+def total(batches: list[dict[int, int]]) -> int:
+    return sum(sum(batch.values()) for batch in batches)
+
+
+def test_all_prompts_are_read_before_their_reasonings_are_sampled_together(path, spec, batches):
+    brief = replace(spec, sampling=Sampling(max_new_tokens=5))
+    with open_engine(path, brief, parallel=8, context_length=500) as engine:
+        tasks = make_tasks(engine, 8, words=100)
+        assert len(list(engine.run(tasks))) == 8
+    first = next(number for number, batch in enumerate(batches) if len(batch) == 8)
+    assert first >= sum(len(task.prompt) for task in tasks) // 512 > 1
+    assert all(count > 1 for batch in batches[:first] for count in batch.values())
+    assert len(batches) - first <= 5 + len(spec.marker_ids) + 1
+
+
+def interleaved_tasks(n_cot: int) -> list[Task]:
+    """48 items under 4 rubrics in turn: 60 tokens of the rubric, 40 of their own."""
+    rng = random.Random(0)
+    rubrics = [[rng.randrange(3, 384) for _ in range(59)] for _ in range(4)]
+    own = [[rng.randrange(3, 384) for _ in range(40)] for _ in range(48)]
+    return [Task([BOS, *rubrics[n % 4], *own[n]], range(n_cot), [[5]] * n_cot) for n in range(48)]
+
+
+@pytest.mark.parametrize("n_cot", [1, 8])
+def test_interleaved_rubrics_are_read_few_times(path, spec, batches, n_cot):
+    tasks = interleaved_tasks(n_cot)
+    with open_engine(path, parallel=16) as engine:
+        assert len(list(engine.run(tasks))) == 48
+    scores = 48 * n_cot * (1 + len(spec.marker_ids))
+    assert total(batches) - scores <= 48 * 40 + 10 * 60
+
+
+def test_answers_come_at_most_two_windows_late(path):
+    order = []
+    with open_engine(path, parallel=4) as engine:
+        for index, _ in engine.run(make_tasks(engine, 60)):
+            order.append(index)
+    delays = [place - index for place, index in enumerate(order)]
+    assert max(delays) < 2 * 8 and sorted(order) == list(range(60))
+
+
+def test_a_run_tells_its_shape(path):
+    with open_engine(path, parallel=3, context_length=100, repack=False) as engine:
+        shape = dict(engine.shape)
+    assert shape.pop("system") == llama_cpp.llama_print_system_info().decode()
+    assert shape == {
+        "parallel": 3,
+        "context_length": 100,
+        "threads": 1,
+        "batch_size": 512,
+        "gpu_layers": -1,
+        "flash_attention": False,
+        "cache_type": "f32",
+        "repack": False,
+        "llama_cpp_python": llama_cpp.__version__,
+    }
+
+
+def test_where_it_is_left_open_parallel_follows_from_the_length_of_the_context(path):
+    assert [default_parallel(length) for length in (256, 1152, 3000, 100_000)] == [32, 32, 16, 1]
+    with LlamaEngine(path, threads=1, context_length=100) as engine:
+        assert engine.shape["parallel"] == 32
+        assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40
+
+
+def test_an_item_that_the_model_can_not_compute_does_not_stop_the_others(folder, path, spec):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[300] = math.nan
+    broken = make_llama(folder / "broken", folder / "spm")
+    model.save_pretrained(broken)
+    with open_engine(
+        export_gguf(broken, folder / "broken.gguf", "f32", spec), parallel=1
+    ) as engine:
+        healthy = [BOS, *range(310, 330)]
+        answers = dict(engine.run([Task(healthy, [0]), Task([*healthy, 300], [0])]))
+    assert np.isfinite(scores(answers[0])).all() and np.isnan(scores(answers[1])).all()
+    assert reasonings(answers[1]) == [[]]

@@ -1,27 +1,39 @@
 """llama.cpp: many sequences decoded at once over a shared prompt cache.
 
-A slot is a sequence of llama.cpp's memory, and its work is always the same: decode those of its ids
-that are not there yet. Sampling adds an id; a finished reasoning makes them prompt, cut reasoning
-and marker; a new sample starts from the slot that holds most of its prompt. So the samples of an
-item, and items under one rubric, share what was read before.
+Each sample of a task works with a slot of `slots.py`. Sampling adds an id to what the slot is to
+hold; a finished reasoning makes that prompt, cut reasoning and marker, and the score is read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from operator import eq
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator
 
-from tract_lite.llama import Context, Sampler, load_model, quiet_llama, spec_of
+from tract_lite.draw import TokenSampler
+from tract_lite.llama import (
+    Context, load_model, quiet_llama, repacks_weights, spec_of, system_info,
+)
+from tract_lite.llama_adapter import load_adapter, set_adapter
 from tract_lite.prompt import Reasoning
 from tract_lite.rail import label_log_probabilities
 from tract_lite.sampling import Sample, Task, room_for
+from tract_lite.slots import Slot, Slots
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
 
-# A shorter common prefix is read again: that is less work than copying a slot's memory.
-MIN_SHARED = 32
+# What all sequences together may hold where `parallel` is left open. A CPU decodes 16 sequences
+# for little more than 8, and 32 for less than twice as much; more than that gains little.
+CACHE_TOKENS = 48 * 1024
+MAX_PARALLEL = 32
+# Tasks are taken from the input in windows of this many times `parallel`, and sorted inside one.
+WINDOW_PARALLEL = 2
+
+
+def default_parallel(context_length: int) -> int:
+    """As many sequences of that many tokens as together keep to `CACHE_TOKENS`, within 1 to 32."""
+    return max(1, min(MAX_PARALLEL, CACHE_TOKENS // context_length))
 
 
 @dataclass
@@ -34,27 +46,23 @@ class _Job:
     prompt: list[int]
     room: int
     reasoning: Reasoning
-    sampler: Sampler | None
+    sampler: TokenSampler | None
     truncated: bool = False
-
-
-@dataclass
-class _Slot:
-    """A sequence of llama.cpp's memory, which holds the first `filled` of `ids`."""
-
-    number: int
-    ids: list[int] = field(default_factory=list)
-    filled: int = 0
-    job: _Job | None = None
 
 
 class LlamaEngine:
     """Answers tasks with a GGUF model, up to `parallel` samples at once.
 
     `context_length`: tokens that one sample may take, by default the spec's `max_length` within
-    what the model was trained for; the memory holds `parallel` times as many. `gpu_layers`: below 0
-    for all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: a type of
-    llama.cpp, such as "f16", "f32" or "q8_0".
+    what the model was trained for; the memory holds `parallel` times as many. `parallel`: None for
+    what `default_parallel` gives. `threads`: None for all CPUs in reach. `gpu_layers`: below 0 for
+    all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: a type of llama.cpp,
+    such as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's
+    own order; None for what pays.
+
+    `adapter`: a GGUF adapter on top of the file, which brings the spec; see `use_adapter`.
+
+    `shape` tells what the rounding of a run hangs on, to be kept with its results.
 
     Raises:
         ValueError: not a usable GGUF file, no judge spec, or the spec of another vocabulary.
@@ -63,31 +71,69 @@ class LlamaEngine:
 
     _model = _context = None
 
-    def __init__(self, path: str | Path, spec: JudgeSpec | None = None, *, parallel: int = 8,
-                 threads: int | None = None, gpu_layers: int = -1,
+    def __init__(self, path: str | Path, spec: JudgeSpec | None = None, *,
+                 parallel: int | None = None, threads: int | None = None, gpu_layers: int = -1,
                  context_length: int | None = None, flash_attention: bool | None = None,
-                 cache_type: str = "f16"):
+                 cache_type: str = "f16", repack: bool | None = None,
+                 adapter: str | Path | None = None):
         self._llama = llama = quiet_llama()
-        self._model = load_model(path, n_gpu_layers=gpu_layers)
+        repack = repacks_weights() if repack is None else repack
+        self._model = load_model(path, n_gpu_layers=gpu_layers, use_extra_bufts=repack)
         if llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model):
             raise ValueError(f"{path} is a recurrent model, which can't be set back to its prompt")
-        self.spec = spec or spec_of(self._model)
-        if self.spec is None:
-            raise ValueError(f"{path} holds no judge spec: export it with one, or give one")
         self.vocabulary = GGUFVocabulary(self._model)
-        self.spec.check_vocabulary(self.vocabulary)
+        self._adapters: dict[Path, tuple[Any, JudgeSpec | None]] = {}
+        pointer, found = self._load_adapter(adapter) if adapter else (None, spec_of(self._model))
+        self.spec = self._checked(spec or found, adapter or path)
         self.context_length = context_length or min(
             self.spec.max_length, llama.llama_model_n_ctx_train(self._model))
+        if parallel is None:
+            parallel = default_parallel(self.context_length)
         self._parallel = parallel
-        self._slots: list[_Slot] = []
+        self._slots: Slots | None = None
         self._context = Context(self._model, parallel, self.context_length, threads=threads,
                                 flash_attention=flash_attention, cache_type=cache_type)
+        set_adapter(self._context.pointer, pointer)
+        self.shape = {
+            "parallel": parallel, "context_length": self.context_length,
+            "threads": self._context.threads, "batch_size": self._context.batch_size,
+            "gpu_layers": gpu_layers, "flash_attention": flash_attention, "cache_type": cache_type,
+            "repack": repack, "llama_cpp_python": llama.__version__, "system": system_info(),
+        }
+
+    def use_adapter(self, path: str | Path, spec: JudgeSpec | None = None) -> None:
+        """Be the judge of another adapter from the next run on; the base is not loaded again.
+
+        An adapter stays in memory until the engine is closed. The context length stays as it is.
+
+        Raises:
+            ValueError: not an adapter on this base, or one without a spec for its vocabulary.
+            RuntimeError: the engine is closed or inside a run.
+        """
+        if self._slots or not self._context:
+            raise RuntimeError("the engine is closed, or inside a run")
+        pointer, found = self._load_adapter(path)
+        self.spec = self._checked(spec or found, path)
+        set_adapter(self._context.pointer, pointer)
+
+    def _load_adapter(self, path: str | Path) -> tuple[Any, JudgeSpec | None]:
+        key = Path(path).resolve()
+        if key not in self._adapters:
+            self._adapters[key] = load_adapter(self._model, path)
+        return self._adapters[key]
+
+    def _checked(self, spec: JudgeSpec | None, path: str | Path) -> JudgeSpec:
+        if spec is None:
+            raise ValueError(f"{path} holds no judge spec: export it with one, or give one")
+        spec.check_vocabulary(self.vocabulary)
+        return spec
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
         """The answer of each task with its index in the input, as they are completed.
 
         A task that does not fit in the context is answered with a ValueError. Tasks are taken from
-        the input as slots come free. A run shares nothing with the one before, so that the same
+        the input as slots come free, some ahead, since those that share most of their prompts are
+        answered one after the other. A run shares nothing with the one before, so that the same
         tasks get the same answers.
 
         Raises:
@@ -95,15 +141,14 @@ class LlamaEngine:
         """
         if self._slots or not self._context:
             raise RuntimeError("the engine is closed, or inside another run")
-        self._context.clear()
-        self._slots = [_Slot(number) for number in range(self._parallel)]
+        self._slots = Slots(self._context, self._parallel)
         try:
             for answer in self._answers(tasks):
                 yield answer
                 if not self._context:
                     raise RuntimeError("the engine was closed inside a run")
         finally:
-            self._slots = []
+            self._slots = None
 
     def close(self) -> None:
         """Free the model and its memory."""
@@ -122,18 +167,28 @@ class LlamaEngine:
         self.close()
 
     def _answers(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
-        for index, task in enumerate(tasks):
+        for index, task in self._sorted(tasks):
             try:
                 jobs = self._jobs(index, task)
             except ValueError as error:
                 yield index, error
                 continue
             for job in jobs:
-                while not self._start(job):
+                while not self._slots.take(job, self._ids(job)):
                     yield from self._step()
-        while any(slot.job for slot in self._slots):
-            self._close_gap()
+        while self._slots.busy:
+            self._slots.close_gap()
             yield from self._step()
+
+    def _sorted(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Task]]:
+        """The tasks with their numbers, in an order in which neighbours share long prefixes.
+
+        Every other window is backwards: it begins with what the one before it ended with.
+        """
+        numbered, backwards = enumerate(tasks), False
+        while window := list(islice(numbered, WINDOW_PARALLEL * self._parallel)):
+            yield from sorted(window, key=lambda pair: list(pair[1].prompt), reverse=backwards)
+            backwards = not backwards
 
     def _jobs(self, index: int, task: Task) -> list[_Job]:
         room = room_for(task, self.spec, self.context_length)
@@ -141,99 +196,41 @@ class LlamaEngine:
         for number, seed in enumerate(task.seeds):
             reasoning, sampler = Reasoning(self.spec, self.vocabulary), None
             if task.reasonings is None:
-                sampler = Sampler(self.spec.sampling, len(self.vocabulary), seed)
+                sampler = TokenSampler(self.spec.sampling, seed)
             else:
                 reasoning.ids = list(task.reasonings[number])
             jobs.append(_Job(index, number, samples, list(task.prompt), room, reasoning, sampler))
         return jobs
 
-    def _start(self, job: _Job) -> bool:
-        """Give a job a slot; False where none is free, or what it shares is still being read."""
-        free = [slot for slot in self._slots if not slot.job]
-        if not free:
-            return False
-        shared = [_shared(slot.ids, job.prompt) for slot in self._slots]
-        slot = max(free, key=lambda slot: shared[slot.number])
-        best = max(self._slots, key=lambda slot: shared[slot.number])
-        if shared[best.number] >= shared[slot.number] + MIN_SHARED:
-            if best.filled < shared[best.number]:
-                return False
-            self._copy(best, slot)
-        slot.job = job
-        self._set_ids(slot)
-        return True
-
-    def _copy(self, source: _Slot, target: _Slot) -> None:
-        self._context.copy(source.number, target.number)
-        target.ids, target.filled = list(source.ids), source.filled
-
-    def _set_ids(self, slot: _Slot) -> None:
-        """Make a slot hold what its job needs next, keeping what is there already.
-
-        The last id is always decoded, for its logits.
-        """
-        job, held = slot.job, slot.ids[:slot.filled]
-        slot.ids = list(job.prompt)
-        if not job.sampler:
-            slot.ids += [*job.reasoning.ids, *self.spec.marker_ids]
-        slot.filled = min(_shared(held, slot.ids), len(slot.ids) - 1)
-        self._context.cut(slot.number, slot.filled)
-
-    def _close_gap(self) -> None:
-        """Move the last busy slot into a gap: llama.cpp decodes only neighbours together."""
-        busy = [slot for slot in self._slots if slot.job]
-        gap = next((slot for slot in self._slots if not slot.job), busy[-1])
-        if gap.number < busy[-1].number:
-            self._copy(busy[-1], gap)
-            gap.job, busy[-1].job = busy[-1].job, None
+    def _ids(self, job: _Job) -> list[int]:
+        """What the next logits of a job are read after."""
+        if job.sampler:
+            return job.prompt
+        return [*job.prompt, *job.reasoning.ids, *self.spec.marker_ids]
 
     def _step(self) -> list[tuple[int, list[Sample]]]:
         """Decode once and let the slots go on; returns the answers that this completes."""
         answers = []
-        for slot, row in self._decode():
-            job = slot.job
+        for slot, row in self._slots.decode():
+            job, logits = slot.job, self._context.logits(row)
             if job.sampler:
-                self._write(slot, job.sampler.sample(self._context, row))
+                self._write(slot, job.sampler.draw(logits))
                 continue
-            scores = label_log_probabilities(self._context.logits(row), self.spec.label_ids)
+            scores = label_log_probabilities(logits, self.spec.label_ids)
             job.samples[job.number] = Sample(job.reasoning.ids, job.truncated, scores)
             slot.job = None
             if all(job.samples):
                 answers.append((job.index, job.samples))
         return answers
 
-    def _decode(self) -> list[tuple[_Slot, int]]:
-        """Run one batch: every slot goes on by one id or, as there is room, by several.
-
-        Returns the slots that hold all their ids now, with the batch row of their logits.
-        """
-        busy = [slot for slot in self._slots if slot.job]
-        spare = self._context.batch_size - len(busy)
-        tokens, positions, sequences, ready = [], [], [], []
-        for slot in busy:
-            ids = slot.ids[slot.filled : slot.filled + 1 + spare]
-            spare -= len(ids) - 1
-            tokens += ids
-            positions += range(slot.filled, slot.filled + len(ids))
-            sequences += [slot.number] * len(ids)
-            slot.filled += len(ids)
-            if slot.filled == len(slot.ids):
-                ready.append((slot, len(tokens) - 1))
-        self._context.decode(tokens, positions, sequences, [row for _, row in ready])
-        return ready
-
-    def _write(self, slot: _Slot, token: int) -> None:
+    def _write(self, slot: Slot, token: int | None) -> None:
         """Add a sampled token to a reasoning; where it ends there, go on to the marker."""
         job = slot.job
-        complete = job.reasoning.add(token)
+        # Where nothing could be drawn, the score will show what is wrong.
+        complete = token is None or job.reasoning.add(token)
         job.truncated = not complete and len(job.reasoning.ids) >= job.room
         if complete or job.truncated:
             job.sampler = None
-            self._set_ids(slot)
+            self._slots.hold(slot, self._ids(job))
         else:
             slot.ids.append(token)
-
-
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    return [*map(eq, ids, others), False].index(False)

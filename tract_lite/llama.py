@@ -1,10 +1,11 @@
-"""llama.cpp from below: its models, the memory of its sequences, its batches and samplers."""
+"""llama.cpp from below: its models, the memory of its sequences, its batches."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+from collections import deque
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,32 +13,52 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from tract_lite.spec import JudgeSpec, Sampling
+from tract_lite.spec import JudgeSpec
 
 SPEC_KEY = "tract_lite.judge_spec"
 BATCH_TOKENS = 512
+
+# Repacked weights, a second copy of most of the file, are read slower by llama.cpp's newer kernels.
+REPACK = False
 
 _GGML_ERROR = 4
 
 logger = logging.getLogger(__name__)
 # What llama.cpp calls for as long as the process lives.
 _kept: list[Any] = []
+# What llama.cpp complained of lately, the oldest first.
+_complaints: deque[str] = deque(maxlen=20)
 
 
 @cache
 def quiet_llama() -> ModuleType:
-    """The llama_cpp module, with llama.cpp's errors in this package's log and nothing on stderr."""
+    """The llama_cpp module, with llama.cpp's words in this package's debug log alone."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, _: Any) -> None:
-        severity = logging.ERROR if level == _GGML_ERROR else logging.DEBUG
-        logger.log(severity, text.decode("utf-8", "replace").rstrip())
+        line = text.decode("utf-8", "replace").rstrip()
+        logger.debug(line)
+        if level == _GGML_ERROR:
+            _complaints.append(line)
 
     llama_cpp.llama_log_set(log, None)
     llama_cpp.llama_backend_init()
     _kept.append(log)
     return llama_cpp
+
+
+def system_info() -> str:
+    """What the processor can do, in llama.cpp's words."""
+    return quiet_llama().llama_print_system_info().decode()
+
+
+def repacks_weights() -> bool:
+    """Whether llama.cpp is to keep a second copy of the weights, where nobody says."""
+    if "AMX_INT8 = 1" in system_info():
+        logger.info("weights are not repacked: with AMX, llama.cpp can crash on repacked ones")
+        return False
+    return REPACK
 
 
 def load_model(path: str | Path, **params: Any) -> Any:
@@ -51,15 +72,15 @@ def load_model(path: str | Path, **params: Any) -> Any:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file")
     settings = llama.llama_model_default_params()
-    if b"AMX_INT8 = 1" in llama.llama_print_system_info():
-        logger.info("weights are not repacked: with AMX, llama.cpp can crash on repacked ones")
-        settings.use_extra_bufts = False
+    if "use_extra_bufts" not in params:
+        params["use_extra_bufts"] = repacks_weights()
     for name, value in params.items():
         setattr(settings, name, value)
+    _complaints.clear()
     model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        raise ValueError(f"llama.cpp can't read {path}: it is incomplete, or of a kind that "
-                         f"llama-cpp-python {llama.__version__} does not know")
+        raise ValueError(f"llama.cpp can't read {path}: {_complaint()} (is the file complete, and "
+                         f"of a kind that llama-cpp-python {llama.__version__} knows?)")
     return model
 
 
@@ -81,7 +102,7 @@ class Context:
     `cache_type`: a type of llama.cpp, such as "f16", "f32" or "q8_0".
 
     Raises:
-        ValueError: fewer than one sequence.
+        ValueError: fewer than one sequence, or an unknown type.
         RuntimeError: llama.cpp can't hold that much.
     """
 
@@ -95,14 +116,15 @@ class Context:
         params.n_seq_max = params.n_outputs_max = sequences
         params.n_ctx = sequences * length
         params.n_batch = params.n_ubatch = self.batch_size = max(BATCH_TOKENS, sequences)
-        params.n_threads = params.n_threads_batch = threads or _usable_cpus()
-        params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{cache_type.upper()}")
+        params.n_threads = params.n_threads_batch = self.threads = threads or usable_cpus()
+        params.type_k = params.type_v = _tensor_type(cache_type)
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.kv_unified = False
+        _complaints.clear()
         self.pointer = llama.llama_init_from_model(model, params)
         if not self.pointer:
             raise RuntimeError(f"llama.cpp can't hold {sequences} sequences of {length} tokens: "
-                               "lower parallel or context_length")
+                               f"{_complaint()}; lower parallel or context_length")
         self._memory = llama.llama_get_memory(self.pointer)
         self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
 
@@ -133,8 +155,9 @@ class Context:
         batch = self._llama.llama_batch(
             size, integers(*tokens), None, integers(*positions), integers(*[1] * size),
             pointers(*map(_sequence_pointer, sequences)), logits)
+        _complaints.clear()
         if self._llama.llama_decode(self.pointer, batch):
-            raise RuntimeError(f"llama.cpp could not decode a batch of {size} tokens")
+            raise RuntimeError(f"llama.cpp could not decode {size} tokens: {_complaint()}")
 
     def logits(self, row: int) -> np.ndarray:
         """The logits (V,) after a row of the last batch, valid until the next one."""
@@ -148,34 +171,25 @@ class Context:
         self.pointer = None
 
 
-class Sampler:
-    """llama.cpp's samplers, in the order of transformers, for one sequence of generated tokens."""
-
-    def __init__(self, sampling: Sampling, vocabulary_size: int, seed: int):
-        self._llama = llama = quiet_llama()
-        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        for sampler in (
-            llama.llama_sampler_init_penalties(
-                vocabulary_size, sampling.max_new_tokens, sampling.repetition_penalty, 0, 0),
-            llama.llama_sampler_init_temp(sampling.temperature),
-            llama.llama_sampler_init_top_p(sampling.top_p, 1),
-            # The one seed left out would mean a random one.
-            llama.llama_sampler_init_dist(seed % 0xFFFFFFFF),
-        ):
-            llama.llama_sampler_chain_add(self._chain, sampler)
-
-    def sample(self, context: Context, row: int) -> int:
-        """The next token, after a row of the context's last batch."""
-        return self._llama.llama_sampler_sample(self._chain, context.pointer, row)
-
-    def __del__(self) -> None:
-        self._llama.llama_sampler_free(self._chain)
-
-
 @cache
 def _sequence_pointer(sequence: int) -> Any:
     return ctypes.pointer(ctypes.c_int32(sequence))
 
 
-def _usable_cpus() -> int:
+def _tensor_type(name: str) -> int:
+    llama, prefix = quiet_llama(), "GGML_TYPE_"
+    types = {key[len(prefix):].lower(): getattr(llama, key) for key in dir(llama)
+             if key.startswith(prefix)}
+    if name.lower() not in types:
+        raise ValueError(f"unknown cache_type {name!r}; there are {', '.join(types)}")
+    return types[name.lower()]
+
+
+def _complaint() -> str:
+    """Why llama.cpp failed: the first complaint is the one that tells most."""
+    function, _, text = _complaints[0].partition(": ") if _complaints else ("", "", "")
+    return text or function or "no reason given"
+
+
+def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,0 +1,367 @@
+"""Judging with a GGUF: the engine against llama-cpp-python's own API, in items per minute.
+
+    python benchmarks/judge.py              # a random model of the shape of Llama-3.2-1B, Q4_K_M
+    python benchmarks/judge.py --smallest   # shows that it works, and measures nothing
+
+All ways judge with one model, in one run: each item has a prompt, a sampled reasoning of one
+length, and the full distribution read behind the marker. Every way has a process of its own, and
+its time starts when the model is loaded. Asked besides: what repacked weights bring, and whether
+the engine keeps to the memory of the model file, the cache and, repacked, the second copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Sequence
+
+import measure
+import numpy as np
+from measure import MB, in_child, table, verdict
+
+from tract_lite.cache import cache_folder
+from tract_lite.converter import read_spec
+from tract_lite.engine import LlamaEngine, default_parallel
+from tract_lite.gguf import export_gguf
+from tract_lite.llama import REPACK, system_info, usable_cpus
+from tract_lite.rail import label_log_probabilities
+from tract_lite.sampling import Task
+from tract_lite.spec import MARKER, JudgeSpec
+
+# Logits spread so far make distributions about as peaked as those of text: a nucleus of 0.9 holds
+# a handful to some dozens of tokens.
+LOGIT_SPREAD = 6.0
+INITIAL_SPREAD = 0.02
+# All ids from here on can stand in a prompt: bytes, then pieces.
+FIRST_ID = 3
+# Tokens for marker, label and end.
+SCORE_ROOM = 24
+MEMORY_ALLOWANCE = 300 * MB
+LOGGED_BUFFER = re.compile(r"(\S+)\s+(model|KV) buffer size =\s+([\d.]+) MiB")
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int = 2048
+    layers: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    intermediate: int = 8192
+    vocabulary: int = 128_256
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """In tokens; `shared` is what prompts under one rubric and instruction have in common."""
+
+    prompt: int = 1000
+    shared: int = 600
+    reasoning: int = 128
+
+    @property
+    def all(self) -> int:
+        return self.prompt + self.reasoning + SCORE_ROOM
+
+
+@dataclass(frozen=True)
+class Way:
+    """`function` judges; `bar`: how many times as fast as the plain way it has to be."""
+
+    name: str
+    function: str
+    n_cot: int = 1
+    shares: bool = False
+    repack: bool | None = None
+    bar: float | None = None
+
+
+# Judges tasks and returns how many tokens each reasoning has.
+Judging = Callable[[Sequence[Task]], list[int]]
+
+PLAIN = Way("llama-cpp-python, one at a time", "plain")
+PLAIN_8 = Way("llama-cpp-python, prefix cache", "plain", n_cot=8)
+WAYS = (
+    PLAIN,
+    Way("ours, unrelated prompts", "ours", bar=1.5),
+    Way("ours, one rubric and instruction", "ours", shares=True, bar=2.5),
+    Way(f"ours, the same, {'not ' * REPACK}repacked", "ours", shares=True, repack=not REPACK),
+    Way("llama-cpp-python with logprobs", "logprobs"),
+    PLAIN_8,
+    Way("ours, 8 reasonings an item", "ours", n_cot=8, bar=2.5),
+)
+
+
+def make_model(shape: dict[str, int], path: str) -> dict[str, Any]:
+    """Write a random judge as GGUF; its vocabulary is a small one, filled up with unused tokens."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from tract_lite.prompt import make_spec
+    from tract_lite.scale import ScoreScale
+
+    shape = Shape(**shape)
+    with TemporaryDirectory(dir=Path(path).parent) as folder:
+        _write_vocabulary(Path(folder))
+        config = LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=8192, initializer_range=INITIAL_SPREAD,
+            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        )
+        torch.manual_seed(0)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        with torch.no_grad():
+            model.model.norm.weight.fill_(LOGIT_SPREAD / INITIAL_SPREAD / shape.hidden**0.5)
+        model.save_pretrained(folder)
+        del model
+        spec = make_spec(AutoTokenizer.from_pretrained(folder), ScoreScale.integers(1, 5))
+        export_gguf(folder, path, "q4_k_m", spec, check=False)
+    return {"peak": measure.peak_memory()}
+
+
+def _write_vocabulary(folder: Path) -> None:
+    """A small one in which the marker has a token for each word, as in a real one."""
+    import sentencepiece
+
+    text = Path(__file__).read_text().splitlines() + 20 * [f"{MARKER} {n}" for n in range(10)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=600,
+        model_type="bpe", byte_fallback=True, split_digits=True, hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }))
+
+
+def make_tasks(way: Way, lengths: Lengths, vocabulary: int, items: int) -> list[Task]:
+    rng = np.random.default_rng(0)
+    shared = rng.integers(FIRST_ID, vocabulary, lengths.shared).tolist()
+    tasks = []
+    for number in range(items):
+        prompt = [1, *rng.integers(FIRST_ID, vocabulary, lengths.prompt - 1).tolist()]
+        if way.shares:
+            prompt[1 : len(shared)] = shared[1:]
+        tasks.append(Task(prompt, [way.n_cot * number + n for n in range(way.n_cot)]))
+    return tasks
+
+
+def judge(way: dict[str, Any], lengths: dict[str, int], vocabulary: int, path: str, items: int,
+          threads: int, parallel: int) -> dict[str, Any]:
+    """Judge some items one way: seconds, peak memory, tokens written, the sizes of buffers."""
+    way, lengths = Way(**way), Lengths(**lengths)
+    buffers = _record_buffers()
+    spec = read_spec(path)
+    spec = replace(spec, sampling=replace(spec.sampling, max_new_tokens=lengths.reasoning))
+    run = {"ours": _ours, "plain": _plain, "logprobs": _logprobs}[way.function](
+        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack)
+    tasks = make_tasks(way, lengths, vocabulary, items)
+    run([Task([1, FIRST_ID], [0])])
+    start = time.perf_counter()
+    written = run(tasks)
+    return {"seconds": time.perf_counter() - start, "written": statistics.mean(written),
+            "peak": measure.peak_memory(), "file": Path(path).stat().st_size, "buffers": buffers}
+
+
+def _record_buffers() -> dict[str, float]:
+    """Fills itself with the bytes of the buffers that llama.cpp's log names from now on."""
+    buffers: dict[str, float] = {}
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := LOGGED_BUFFER.search(record.getMessage()):
+                buffers[f"{found[1]} {found[2]}"] = float(found[3]) * 2**20
+
+    logger = logging.getLogger("tract_lite.llama")
+    logger.addHandler(Recorder())
+    logger.setLevel(logging.DEBUG)
+    return buffers
+
+
+def _ours(path: str, spec: JudgeSpec, length: int, threads: int, parallel: int,
+          repack: bool | None) -> Judging:
+    engine = LlamaEngine(path, spec, context_length=length, threads=threads, parallel=parallel,
+                         repack=repack)
+    return lambda tasks: [
+        len(sample.reasoning) for _, samples in engine.run(tasks) for sample in samples]
+
+
+def _plain(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> Judging:
+    """`Llama.generate`, which keeps the prefix that a prompt shares with the one before."""
+    llama = _open_llama(path, length, threads, spec)
+
+    def run(tasks: Sequence[Task]) -> list[int]:
+        written = []
+        for task in tasks:
+            for seed in task.seeds:
+                llama.set_seed(seed)
+                sampled = llama.generate(list(task.prompt), temp=spec.sampling.temperature,
+                                         **_rule(spec))
+                reasoning = list(islice(sampled, spec.sampling.max_new_tokens))
+                llama.eval([reasoning[-1], *spec.marker_ids])
+                logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), (llama.n_vocab(),))
+                label_log_probabilities(logits, spec.label_ids)
+                written.append(len(reasoning))
+        return written
+
+    return run
+
+
+def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> Judging:
+    """`Llama.create_completion` twice: for the reasoning, and with logprobs for the score."""
+    llama = _open_llama(path, length, threads, spec, logits_all=True)
+
+    def run(tasks: Sequence[Task]) -> list[int]:
+        written = []
+        for task in tasks:
+            reasoning = llama.create_completion(
+                list(task.prompt), max_tokens=spec.sampling.max_new_tokens, seed=task.seeds[0],
+                temperature=spec.sampling.temperature, **_rule(spec))
+            read = llama.input_ids[: llama.n_tokens].tolist()
+            llama.create_completion([*read, *spec.marker_ids], max_tokens=1, logprobs=5)
+            written.append(reasoning["usage"]["completion_tokens"])
+        return written
+
+    return run
+
+
+def _open_llama(path: str, length: int, threads: int, spec: JudgeSpec, **options: Any) -> Any:
+    from llama_cpp import Llama
+
+    return Llama(path, n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False,
+                 last_n_tokens_size=spec.sampling.max_new_tokens, **options)
+
+
+def _rule(spec: JudgeSpec) -> dict[str, float]:
+    return {"top_p": spec.sampling.top_p, "top_k": 0, "min_p": 0.0,
+            "repeat_penalty": spec.sampling.repetition_penalty}
+
+
+def child(job: str, **arguments: Any) -> dict[str, Any]:
+    return {"make": make_model, "judge": judge}[job](**arguments)
+
+
+class Comparison:
+    """The measurements of one call; every one of them runs in a process of its own."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.shape, self.lengths = Shape(), Lengths()
+        if options.smallest:
+            self.shape = Shape(256, 2, 4, 2, 512, 2048)
+            self.lengths = Lengths(80, 48, 8)
+            options.parallel = options.parallel or 8
+        self.threads = options.threads
+        self.parallel = options.parallel or default_parallel(self.lengths.all)
+        self.failures: list[str] = []
+
+    def show(self) -> None:
+        shape, lengths = self.shape, self.lengths
+        print(f"{measure.machine('llama_cpp_python', 'numpy')}, {self.threads} threads")
+        print(f"{system_info().strip()}\n")
+        path = self.model()
+        print(f"{path}: {path.stat().st_size / MB:,.0f} MB, hidden size {shape.hidden:,}, "
+              f"{shape.layers} layers, vocabulary {shape.vocabulary:,}\n"
+              f"prompts of {lengths.prompt:,} tokens, reasonings of {lengths.reasoning}, "
+              f"{self.parallel} sequences at once; the bars are for the default sizes on two "
+              "cores\n", flush=True)
+        results = {way: self.measure(way, path) for way in WAYS}
+        print(f"\n{self.speed_table(results)}")
+        print(f"\nMemory in MB; at most {MEMORY_ALLOWANCE / MB:g} more than the parts named\n")
+        print(self.memory_table(results))
+        print("".join(f"\n{failure}" for failure in self.failures), end="")
+
+    def model(self) -> Path:
+        """The model file, made at first use."""
+        shape = asdict(self.shape)
+        key = hashlib.sha256(json.dumps([shape, LOGIT_SPREAD]).encode()).hexdigest()[:12]
+        path = cache_folder() / f"random_judge-{key}.gguf"
+        if not path.exists():
+            made = in_child(__file__, {"job": "make", "shape": shape, "path": str(path)})
+            if "error" in made:
+                raise SystemExit(f"no model: {made['error']}")
+            print(f"the model was made with {made['peak'] / MB:,.0f} MB of memory at most")
+        return path
+
+    def measure(self, way: Way, path: Path) -> dict[str, Any]:
+        result = in_child(__file__, {
+            "job": "judge", "way": asdict(way), "lengths": asdict(self.lengths),
+            "vocabulary": self.shape.vocabulary, "path": str(path), "items": self.items(way),
+            "threads": self.threads, "parallel": self.parallel,
+        })
+        if "error" in result:
+            self.failures.append(f"{way.name}: {result['error']}")
+            return {}
+        print(f"{way.name}: {result['seconds']:.1f} s", flush=True)
+        return {**result, "speed": 60 * self.items(way) / result["seconds"]}
+
+    def items(self, way: Way) -> int:
+        """As many as fill all sequences of the engine once; fewer in the slow ways."""
+        if way.function == "ours":
+            return max(1, self.parallel // way.n_cot)
+        return 1 if way.n_cot > 1 else 3
+
+    def speed_table(self, results: dict[Way, dict[str, Any]]) -> str:
+        rows = []
+        for way, result in results.items():
+            if not result:
+                rows.append([way.name, str(way.n_cot), "failed", *[""] * 4])
+                continue
+            plain = results[PLAIN if way.n_cot == 1 else PLAIN_8].get("speed")
+            rows.append([
+                way.name, str(way.n_cot), str(self.items(way)), f"{result['written']:.0f}",
+                f"{result['speed']:.2f}", _times(result["speed"], plain, way.bar),
+                f"{result['peak'] / MB:,.0f}",
+            ])
+        return table(["way", "n_cot", "items", "tokens written", "items/min", "x plain",
+                      "peak MB"], rows)
+
+    def memory_table(self, results: dict[Way, dict[str, Any]]) -> str:
+        rows = []
+        for way, result in results.items():
+            if way.function != "ours" or not result:
+                continue
+            buffers = result["buffers"]
+            cache, repacked = (sum(size for name, size in buffers.items() if kind in name)
+                               for kind in ("KV", "REPACK"))
+            allowed = result["file"] + cache + repacked + MEMORY_ALLOWANCE
+            rows.append([
+                way.name,
+                *(f"{part / MB:,.0f}" for part in (result["file"], cache, repacked, allowed)),
+                f"{result['peak'] / MB:,.0f} ({verdict(result['peak'] <= allowed)})",
+            ])
+        return table(["way", "file", "cache", "repacked", "allowed", "peak"], rows)
+
+
+def _times(speed: float, plain: float | None, bar: float | None) -> str:
+    if not plain:
+        return ""
+    times = f"{speed / plain:.2f}"
+    return times if bar is None else f"{times} (bar {bar:g}: {verdict(speed >= bar * plain)})"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parallel", type=int, help="of the engine, its own choice by default")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of every way")
+    parser.add_argument("--smallest", action="store_true", help="a tiny model, few tokens")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        return measure.answer(child, options.child)
+    Comparison(options).show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Draws the tokens of a reasoning from logits, by the one sampling rule."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tract_lite.spec import Sampling
+
+
+class TokenSampler:
+    """Draws one sequence: repetition penalty, temperature and nucleus, in this order.
+
+    The rule is that of transformers, but the penalty counts generated tokens only. What is drawn
+    hangs on the logits and the seed alone.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int):
+        self._sampling = sampling
+        self._generator = np.random.default_rng(seed)
+        self._generated: set[int] = set()
+
+    def draw(self, logits: np.ndarray) -> int | None:
+        """The next token after logits (V,); None where they are not finite."""
+        logits = np.array(logits, dtype=np.float32)
+        penalty = self._sampling.repetition_penalty
+        seen = list(self._generated)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        likeliest = int(logits.argmax())
+        if not np.isfinite(logits[likeliest]):
+            return None
+        token = likeliest
+        # A nucleus of 0 is the likeliest token alone.
+        if self._sampling.temperature > 0 and self._sampling.top_p > 0:
+            logits -= logits[likeliest]
+            token = self._draw(np.exp(logits / self._sampling.temperature))
+        self._generated.add(token)
+        return token
+
+    def _draw(self, weights: np.ndarray) -> int:
+        """A token of the nucleus, by rejection: nothing is sorted."""
+        total = weights.sum(dtype=np.float64)
+        nucleus = self._sampling.top_p * total
+        # Tokens as unlikely as this lie outside, even if all of them were.
+        ids = np.flatnonzero(weights > (total - nucleus) / len(weights))
+        weights = weights[ids]
+        cumulative = weights.cumsum(dtype=np.float64)
+        while True:
+            point = self._generator.random() * cumulative[-1]
+            place = cumulative.searchsorted(point, side="right")
+            if weights[weights > weights[place]].sum(dtype=np.float64) < nucleus:
+                return int(ids[place])
