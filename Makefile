@@ -2,9 +2,9 @@ PYTHON ?= python3
 STAMP := .venv/installed
 
 ifeq ($(shell command -v nvidia-smi),)
-REQUIREMENTS := -r requirements.txt -c constraints-cpu.txt
+REQUIREMENTS := -r requirements-test.txt -c constraints-cpu.txt
 else
-REQUIREMENTS := -r requirements-gpu.txt
+REQUIREMENTS := -r requirements-gpu.txt -r requirements-test.txt
 endif
 
 .PHONY: install test demo clean
@@ -12,9 +12,9 @@ endif
 install: $(STAMP)
 
 # The last line fetches llama.cpp's converter, so that tests and exports find it in the cache.
-$(STAMP): requirements.txt requirements-gpu.txt constraints-cpu.txt pyproject.toml
+$(STAMP): $(wildcard requirements*.txt) constraints-cpu.txt pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install $(REQUIREMENTS) pytest hypothesis -e .
+	.venv/bin/python -m pip install $(REQUIREMENTS) -e .
 	.venv/bin/python -c "from tract_lite.gguf import llama_cpp_source; llama_cpp_source()"
 	touch $(STAMP)
 

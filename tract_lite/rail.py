@@ -5,11 +5,16 @@ Source: TRACT, sections 2 and 3 (RAIL and CoT-RAIL).
 
 from __future__ import annotations
 
-from typing import Sequence
+import math
+from dataclasses import dataclass
+from typing import Hashable, Iterable, Sequence
 
 import numpy as np
 
 LOW_MASS = 0.9
+
+# What rounding may add to a log-probability of 0, and to a sum of 1.
+_ROUNDING = 1e-3
 
 
 def label_log_probabilities(logits: np.ndarray, label_ids: Sequence[int]) -> np.ndarray:
@@ -38,3 +43,48 @@ def expected_score(probabilities: np.ndarray, values: Sequence[float]) -> float 
         raise ValueError(f"probabilities {probabilities.shape} do not match {len(values)} values")
     expectation = probabilities @ values
     return float(expectation) if expectation.ndim == 0 else expectation
+
+
+@dataclass(frozen=True)
+class TopReading:
+    """What the top log-probabilities of a position tell of the labels.
+
+    `label_log_probabilities` (K,): -inf for a label that is not among them. `missing_mass`: the
+    probability of the tokens that are not among them. `error_bound`: how far the expected score may
+    lie from the exact one.
+    """
+
+    label_log_probabilities: np.ndarray
+    missing_mass: float
+    error_bound: float
+
+
+def read_top_log_probabilities(top: Iterable[tuple[Hashable, float]], labels: Sequence[Hashable],
+                               values: Sequence[float], *, distinct: bool = True) -> TopReading:
+    """Read the labels from the `top` tokens of a position, each with its log-probability.
+
+    `labels` are tokens in the same terms (ids or texts), `values` what they stand for. A label that
+    is not there is no likelier than the least likely token that is. Not `distinct`: several tokens
+    may share a text, so that any label may lack some of what is missing.
+
+    Raises:
+        ValueError: these can't be the log-probabilities of a distribution's top tokens.
+    """
+    found: dict[Hashable, float] = {}
+    for token, log_probability in top:
+        if not isinstance(log_probability, (int, float)) or not log_probability <= _ROUNDING:
+            raise ValueError(f"{log_probability} is no log-probability")
+        if token in found:
+            raise ValueError(f"token {token!r} is there twice")
+        found[token] = log_probability
+    if not found:
+        raise ValueError("there are none")
+    total = math.fsum(map(math.exp, found.values()))
+    if total > 1 + _ROUNDING:
+        raise ValueError(f"the probabilities sum to {total:.3f}")
+    missing = max(0.0, 1.0 - total)
+    unsure = [value for label, value in zip(labels, values) if not distinct or label not in found]
+    least = math.exp(min(found.values()))
+    unseen = min(missing, len(unsure) * least) if distinct else missing
+    rows = np.array([found.get(label, -math.inf) for label in labels], dtype=np.float64)
+    return TopReading(rows, missing, unseen * max(map(abs, unsure), default=0.0))

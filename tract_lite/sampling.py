@@ -27,12 +27,16 @@ class Task:
 class Sample:
     """One reasoning and the log-probabilities (K,) of the labels after it.
 
-    `truncated`: the reasoning was stopped by the length limit, not by the judge itself.
+    `truncated`: the reasoning was stopped by the length limit, not by the judge itself. Where only
+    top log-probabilities are known, `missing_mass` is what they leave of 1, and `error_bound` how
+    far the score that is read from them may lie from the exact one.
     """
 
     reasoning: list[int]
     truncated: bool
     label_log_probabilities: np.ndarray
+    missing_mass: float = 0.0
+    error_bound: float = 0.0
 
 
 def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
@@ -55,5 +59,5 @@ def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
 
 def sample_seed(seed: int, record_key: str, number: int) -> int:
     """A 32-bit seed that depends on the run's seed, the record and the sample's number alone."""
-    text = f"{seed}/{record_key}/{number}".encode()
+    text = f"{seed}/{record_key}/{number}".encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")

@@ -1,0 +1,90 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tract_lite.rail import expected_score, label_log_probabilities, read_top_log_probabilities
+
+LABELS, VALUES = (10, 11, 12, 13, 14), (1.0, 2.0, 3.0, 4.0, 5.0)
+
+
+def pairs(probabilities: dict[int, float]) -> list[tuple[int, float]]:
+    """Each token with its log-probability."""
+    return [(token, math.log(p)) for token, p in probabilities.items()]
+
+
+def top_of(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
+    rows = label_log_probabilities(logits, range(len(logits)))
+    return [(int(i), float(rows[i])) for i in np.argsort(-rows)[:count]]
+
+
+def test_labels_that_are_all_reported_are_exact():
+    top = pairs({11: 0.4, 10: 0.3, 12: 0.1, 13: 0.05, 99: 0.05, 14: 0.02})
+    reading = read_top_log_probabilities(top, LABELS, VALUES)
+    np.testing.assert_allclose(
+        np.exp(reading.label_log_probabilities), [0.3, 0.4, 0.1, 0.05, 0.02], rtol=1e-12
+    )
+    assert reading.missing_mass == pytest.approx(0.08) and reading.error_bound == 0
+
+
+def test_labels_that_are_not_reported_hold_at_most_what_is_missing():
+    reading = read_top_log_probabilities(pairs({11: 0.6, 10: 0.3, 12: 0.08}), LABELS, VALUES)
+    assert reading.label_log_probabilities[3:].tolist() == [-math.inf, -math.inf]
+    assert reading.missing_mass == pytest.approx(0.02)
+    assert reading.error_bound == pytest.approx(0.02 * 5)
+
+
+def test_a_label_that_is_not_reported_is_no_likelier_than_the_least_that_is():
+    reading = read_top_log_probabilities(pairs({11: 0.5, 14: 0.1, 10: 0.01}), LABELS, VALUES)
+    assert reading.missing_mass == pytest.approx(0.39)
+    assert reading.error_bound == pytest.approx(2 * 0.01 * 4)
+
+
+def test_where_texts_are_shared_any_label_may_lack_what_is_missing():
+    top = [
+        (str(token), value)
+        for token, value in pairs({10: 0.5, 11: 0.2, 12: 0.1, 13: 0.1, 14: 0.02})
+    ]
+    reading = read_top_log_probabilities(top, [*map(str, LABELS)], VALUES, distinct=False)
+    assert reading.error_bound == pytest.approx(0.08 * 5)
+
+
+@given(
+    st.lists(st.floats(-12, 12), min_size=20, max_size=20),
+    st.integers(1, 20),
+    st.lists(st.floats(-9, 9), min_size=5, max_size=5, unique=True),
+)
+def test_the_exact_score_lies_within_the_bound(logits, count, values):
+    logits = np.array(logits)
+    exact = expected_score(np.exp(label_log_probabilities(logits, LABELS)), values)
+    for distinct in (True, False):
+        reading = read_top_log_probabilities(
+            top_of(logits, count), LABELS, values, distinct=distinct
+        )
+        score = expected_score(np.exp(reading.label_log_probabilities), values)
+        assert abs(score - exact) <= reading.error_bound + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("top", "error"),
+    [
+        ([], "none"),
+        ([(10, math.nan)], "nan is no log-probability"),
+        ([(10, None)], "None is no log-probability"),
+        ([(10, 0.7)], "0.7 is no log-probability"),
+        ([(10, math.inf)], "inf is no log-probability"),
+        ([(10, -0.1), (11, -0.5)], "sum to 1.511"),
+        ([(10, -1.0), (10, -3.0)], "token 10 is there twice"),
+    ],
+)
+def test_what_can_t_be_top_log_probabilities_is_refused(top, error):
+    with pytest.raises(ValueError, match=error):
+        read_top_log_probabilities(top, LABELS, VALUES)
+
+
+def test_rounding_is_no_lie():
+    reading = read_top_log_probabilities([(10, 1e-6), (11, -8.0)], LABELS, VALUES)
+    assert reading.missing_mass == 0 and reading.error_bound == 0
+    assert read_top_log_probabilities([(10, -1e-3), (11, -3.4e38)], LABELS, VALUES).error_bound == 0
