@@ -1,8 +1,13 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tract_lite.jsonl import append_rows, read_rows, write_json, write_rows
+from tract_lite.jsonl import append_rows, keep_rows, read_rows, write_json, write_rows
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_rows_are_read_back_in_order_over_several_calls(tmp_path):
@@ -34,6 +39,44 @@ def test_an_unfinished_last_line_is_not_read_and_is_cut_before_rows_are_added(tm
     assert path.read_text() == '{"id": 1}\n{"id": 3}\n'
 
 
+@pytest.mark.parametrize("size", [0, 100, 2**16 - 12, 2**16, 3 * 2**16])
+def test_only_the_unfinished_line_is_cut_however_long_it_is(tmp_path, size):
+    path = tmp_path / "rows.jsonl"
+    whole = b'{"id": 1, "text": "%s"}\n' % (b"a" * 2**17)
+    path.write_bytes(whole + b'{"id": 2' + b"b" * size)
+    append_rows(path, [])
+    assert path.read_bytes() == whole
+    path.write_bytes(b'{"id": 2' + b"b" * size)
+    append_rows(path, [{"id": 3}])
+    assert path.read_bytes() == b'{"id": 3}\n'
+
+
+def test_a_row_that_can_t_be_written_whole_is_taken_back(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import resource, sys; from tract_lite.jsonl import append_rows\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "append_rows(sys.argv[1], ({'id': n, 'text': 'x' * 20} for n in range(9)))"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines()[-1].startswith("OSError")
+    assert read_rows(path) == [{"id": n, "text": "x" * 20} for n in range(2)]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_rows_that_are_kept_stay_as_they_are_and_the_others_go(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id":1 , "x": 0.10}\n{"id": 2}\n{"id": 3}\n{"id": 4')
+    keep_rows(path, lambda row: row["id"] != 2)
+    assert path.read_bytes() == b'{"id":1 , "x": 0.10}\n{"id": 3}\n'
+    with pytest.raises(KeyError):
+        keep_rows(path, lambda row: row["x"])
+    assert path.read_bytes() == b'{"id":1 , "x": 0.10}\n{"id": 3}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_whole_file_is_replaced_at_once_and_kept_if_a_row_fails(tmp_path):
     path = tmp_path / "rows.jsonl"
 
@@ -44,10 +87,9 @@ def test_a_whole_file_is_replaced_at_once_and_kept_if_a_row_fails(tmp_path):
     write_rows(path, [{"id": 1}])
     with pytest.raises(RuntimeError):
         write_rows(path, failing())
-    assert read_rows(path) == [{"id": 1}]
+    assert read_rows(path) == [{"id": 1}] and list(tmp_path.iterdir()) == [path]
     write_rows(path, [{"id": 3}, {"id": 4}])
-    assert read_rows(path) == [{"id": 3}, {"id": 4}]
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert read_rows(path) == [{"id": 3}, {"id": 4}] and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_file_has_no_rows(tmp_path):
@@ -67,6 +109,7 @@ def test_a_lone_surrogate_survives(tmp_path):
         json.dumps([{"id": 1}]) + "\n",
         "\n",
         b"\xff\n",
+        "[" * 100_000 + "\n",
     ],
 )
 def test_what_is_no_jsonl_is_refused_by_name(tmp_path, content):
@@ -81,7 +124,7 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
     write_json(path, {"kept": 1})
     with pytest.raises(TypeError):
         write_json(path, {"kept": object()})
-    assert json.loads(path.read_text()) == {"kept": 1}
+    assert json.loads(path.read_text()) == {"kept": 1} and list(tmp_path.iterdir()) == [path]
     write_json(path, {"kept": 2})
     assert json.loads(path.read_text()) == {"kept": 2}
     assert list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,9 @@
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -73,16 +76,20 @@ def test_several_reasonings_are_averaged():
 
 
 def test_labels_without_any_probability_give_a_judgement_all_the_same():
-    with np.errstate(all="ignore"):
+    with np.errstate(divide="ignore"):
         judgement = judge_fixed([0.0] * 5)
     assert judgement.mass == 0 and judgement.score == 0 and math.isnan(judgement.std)
     assert json.loads(json.dumps(judgement.to_row(), allow_nan=False))["std"] is None
 
 
 def test_low_mass_is_reported_once_for_all(caplog):
-    list(Judge(make_engine(WritingEngine, 0.4)).score_many(make_records(*"abc")))
-    [message] = [record.getMessage() for record in caplog.records]
-    assert message.startswith("3 of 3 judgements")
+    judge = Judge(make_engine(WritingEngine, 0.4))
+    list(judge.score_many(make_records(*"abc")))
+    judge.score(make_records("a")[0])
+    for taken in zip("ab", judge.score_many(make_records(*"abcdef"))):
+        pass
+    messages = [record.getMessage().partition(" judgements")[0] for record in caplog.records]
+    assert messages == ["3 of 3", "1 of 1", "2 of 2"]
 
 
 def test_enough_mass_is_not_reported(caplog):
@@ -127,6 +134,106 @@ def test_records_are_taken_as_they_are_needed():
     assert len(taken) < 12
 
 
+def test_what_is_no_record_is_an_error_and_the_rest_is_judged():
+    records = [*make_records("a"), {"response": "b"}, None, Record(prompt=5, id="c"), "d"]
+    judgements = list(Judge(make_engine()).score_many([*records, *make_records("e")]))
+    assert [judgement.id for judgement in judgements] == ["id 0", None, None, "c", None, "id 0"]
+    assert [bool(judgement.error) for judgement in judgements] == [False, *[True] * 4, False]
+    assert judgements[1].error == "not a Record: {'response': 'b'}; read_records gives them"
+    assert judgements[3].error.startswith("TypeError: ")
+
+
+def test_what_breaks_the_input_is_raised_after_all_that_came_before_it():
+    def records():
+        yield from make_records("a", "LONG", "b", "c", "d")
+        raise OSError("the line is cut")
+
+    judgements = []
+    with pytest.raises(OSError, match="the line is cut"):
+        for judgement in Judge(make_engine()).score_many(records()):
+            judgements.append(judgement)
+    assert [bool(judgement.error) for judgement in judgements] == [False, True] + [False] * 3
+
+
+def test_what_breaks_the_engine_is_raised_and_not_made_an_item_s_error():
+    class BreakingEngine(WritingEngine):
+        def run(self, tasks):
+            yield from islice(super().run(tasks), 6)
+            raise RuntimeError("out of memory")
+
+    judgements = Judge(make_engine(BreakingEngine)).score_many(make_records(*"abcdefghij"))
+    assert [next(judgements).id for _ in range(4)] == [f"id {n}" for n in range(4)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(judgements)
+
+
+def test_an_item_that_the_engine_forgets_is_an_error_and_is_not_lost():
+    class ForgetfulEngine(WritingEngine):
+        def run(self, tasks):
+            return ((index, answer) for index, answer in super().run(tasks) if index != 2)
+
+    judgements = list(Judge(make_engine(ForgetfulEngine)).score_many(make_records(*"abcdef")))
+    assert [judgement.id for judgement in judgements] == [f"id {n}" for n in range(6)]
+    assert [judgement.error for judgement in judgements] == [
+        "the engine gave no answer" if n == 2 else None for n in range(6)
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TimeoutError(), ValueError("no"), ValueError()])
+def test_an_engine_s_error_always_has_a_text(error):
+    class FailingEngine(WritingEngine):
+        def run(self, tasks):
+            return ((index, error) for index, _ in enumerate(tasks))
+
+    [judgement] = Judge(make_engine(FailingEngine)).score_many(make_records("a"))
+    assert judgement.error and math.isnan(judgement.score)
+    assert judgement.error == "no" or type(error).__name__ in judgement.error
+
+
+def test_probabilities_that_are_not_numbers_are_an_error():
+    rows = [[0.1, 0.1, 0.2, 0.3, 0.1], [math.nan] * 5]
+    judge = Judge(make_engine(FixedEngine, rows))
+    assert judge.score(make_records("x")[0], n_cot=1).score > 0
+    with pytest.raises(ValueError, match="not numbers"):
+        judge.score(make_records("x")[0], n_cot=2)
+
+
+@pytest.mark.parametrize("text", ["fine", "LONG", None])
+def test_nothing_is_kept_of_an_item_that_is_done(text):
+    class Name(str):
+        pass
+
+    names = []
+
+    def records():
+        for number in range(500):
+            name = Name(number)
+            names.append(weakref.ref(name))
+            yield Record(prompt=text, response="x", id=name)
+
+    judgements = Judge(make_engine()).score_many(records())
+    for _ in islice(judgements, 99, None, 100):
+        gc.collect()
+        assert sum(name() is not None for name in names) < 20
+    assert len(names) == 500
+
+
+def test_top_log_probabilities_leave_a_bound_on_the_error():
+    class ServingEngine(WritingEngine):
+        def run(self, tasks):
+            for index, task in enumerate(tasks):
+                seen = np.log([0.1, 0.1, 0.2, 0.3, 0.1])
+                yield (
+                    index,
+                    [Sample([5], False, seen, 0.1 * n, 0.2 * n) for n, _ in enumerate(task.seeds)],
+                )
+
+    served = Judge(make_engine(ServingEngine)).score(make_records("x")[0], n_cot=3)
+    assert served.missing_mass == pytest.approx(0.1) and served.error_bound == pytest.approx(0.2)
+    local = Judge(make_engine()).score(make_records("x")[0])
+    assert local.missing_mass == local.error_bound == 0
+
+
 @pytest.mark.parametrize("n_cot", [0, -1])
 def test_an_item_without_any_reasoning_is_an_error_and_is_not_lost(n_cot):
     judge = Judge(make_engine())
@@ -143,7 +250,8 @@ def test_a_single_record_that_can_t_be_judged_raises_its_error():
 
 
 def test_lone_surrogates_are_judged():
-    assert math.isfinite(Judge(make_engine()).score(Record(prompt="a \ud83d b")).score)
+    record = Record(prompt="a \ud83d b", id="id \udc00")
+    assert math.isfinite(Judge(make_engine()).score(record).score)
 
 
 def test_a_sample_depends_on_seed_record_and_number_alone():

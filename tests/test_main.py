@@ -1,20 +1,28 @@
 import csv
+import hashlib
 import json
 import os
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from pyarrow.parquet import read_table
+from servers import FakeVLLM, fake_server, free_port
 from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
+from tract_lite import __version__
 from tract_lite.gguf import export_gguf
 from tract_lite.jsonl import append_rows, read_rows
 from tract_lite.prompt import make_spec
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import Sampling
+from tract_lite.spec import JudgeSpec, Sampling
 
 ROOT = Path(__file__).parents[1]
 ROWS = [
@@ -52,15 +60,15 @@ def data(tmp_path):
     return path
 
 
-def call(*arguments, stdin=""):
-    return subprocess.run(
-        [sys.executable, "-m", "tract_lite", *map(str, arguments)],
-        input=stdin,
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+COMMAND = [sys.executable, "-m", "tract_lite"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+
+
+def call(*arguments, stdin="", **options):
+    fixed = {"cwd": ROOT, "encoding": "utf-8", "env": ENVIRONMENT}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, **fixed | streams | options)
 
 
 def judge(folder, source, output, *options, stdin=""):
@@ -68,7 +76,7 @@ def judge(folder, source, output, *options, stdin=""):
         "judge", folder / "judge.gguf", source, "-o", output, "--threads", 1, *options, stdin=stdin
     )
     assert done.returncode == 0, done.stderr
-    return done, read_rows(output)
+    return done, read_rows(output.with_suffix(".jsonl"))
 
 
 def test_a_file_is_judged_row_by_row_with_progress(folder, data, tmp_path):
@@ -81,19 +89,384 @@ def test_a_file_is_judged_row_by_row_with_progress(folder, data, tmp_path):
     assert "6/6" in done.stderr and "item/s" in done.stderr
 
 
-def test_a_second_call_judges_only_what_is_missing(folder, data, tmp_path):
-    _, whole = judge(folder, data, tmp_path / "whole.jsonl")
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The input as JSONL, and the output of one call that judged all of it."""
+    folder_of_run = tmp_path_factory.mktemp("whole")
+    append_rows(
+        folder_of_run / "data.jsonl", ({**row, "id": f"item {n}"} for n, row in enumerate(ROWS))
+    )
+    judge(folder, folder_of_run / "data.jsonl", folder_of_run / "out.jsonl", "--n-cot", 2)
+    return folder_of_run
+
+
+def stopped_copy(whole, tmp_path, rows=3) -> Path:
+    """The output as if the call had been killed while it wrote the row after `rows`."""
     output = tmp_path / "out.jsonl"
-    append_rows(output, whole[:3])
-    with output.open("a") as file:
-        file.write('{"id": "3", "score": 1.')
-    done, rows = judge(folder, data, output)
+    lines = (whole / "out.jsonl").read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:rows]) + lines[rows][:40])
+    shutil.copy(whole / "out.run.json", tmp_path)
+    return output
+
+
+def test_a_second_call_judges_only_what_is_missing(folder, whole, tmp_path):
+    output = stopped_copy(whole, tmp_path)
+    expected = read_rows(whole / "out.jsonl")
+    done, rows = judge(folder, whole / "data.jsonl", output, "--n-cot", 2)
     assert "3 judged, 0 of them failed, 3 were there already" in done.stdout
-    assert rows[:3] == whole[:3] and [row["id"] for row in rows] == [row["id"] for row in whole]
-    assert [row["feedback"] for row in rows] == [row["feedback"] for row in whole]
-    before = output.read_bytes()
-    done, _ = judge(Path("no", "model", "is", "needed"), data, output)
-    assert "0 judged" in done.stdout and output.read_bytes() == before
+    assert rows[:3] == expected[:3]
+    assert [row["id"] for row in rows] == [row["id"] for row in expected]
+    assert [row["feedback"] for row in rows] == [row["feedback"] for row in expected]
+    before = output.read_bytes(), (tmp_path / "out.run.json").read_bytes()
+    done, _ = judge(folder, whole / "data.jsonl", output, "--n-cot", 2)
+    assert "0 judged, 0 of them failed, 6 were there already" in done.stdout
+    assert (output.read_bytes(), (tmp_path / "out.run.json").read_bytes()) == before
+
+
+def test_what_judged_the_rows_stands_beside_them(folder, whole, tmp_path):
+    output = stopped_copy(whole, tmp_path)
+    renamed = tmp_path / "renamed.gguf"
+    shutil.copy(folder / "judge.gguf", renamed)
+    data, same = whole / "data.jsonl", ("--n-cot", 2, "--threads", 1)
+    assert call("judge", renamed, data, "-o", output, *same, "--parallel", 3).returncode == 0
+    run = json.loads((tmp_path / "out.run.json").read_text())
+    spec = JudgeSpec.load(folder / "model")
+    assert run["model"] == "renamed.gguf" and len(run["fingerprint"]) == 64
+    assert run["spec_sha256"] == hashlib.sha256(spec.to_json().encode()).hexdigest()
+    assert (run["n_cot"], run["seed"]) == (2, 0)
+    assert [shape["parallel"] for shape in run["shapes"]] == [16, 3]
+    first, second = run["shapes"]
+    assert first | {"parallel": 3} == second and first["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--n-cot", 1), "judged with n_cot 2, not 1"),
+        (("--n-cot", 2, "--seed", 7), "judged with seed 0, not 7"),
+        (("--n-cot", 1, "--seed", 7), "n_cot 2, not 1; seed 0, not 7"),
+        (("--n-cot", 2, "--spec", "{spec}"), "judged with spec_sha256 '"),
+        (("--n-cot", 2, "{other}"), "judged with fingerprint "),
+    ],
+)
+def test_rows_of_another_judge_are_not_mixed(folder, whole, tmp_path, options, words):
+    output = stopped_copy(whole, tmp_path)
+    other = tmp_path / "other.gguf"
+    retrained = bytearray((folder / "judge.gguf").read_bytes())
+    retrained[-2000:] = bytes(2000)
+    other.write_bytes(retrained)
+    spec = JudgeSpec.load(folder / "model").to_json().replace('tokens": 12', 'tokens": 11')
+    (tmp_path / "spec.json").write_text(spec)
+    options = [str(option).format(spec=tmp_path / "spec.json", other=other) for option in options]
+    model = options.pop() if options[-1].endswith(".gguf") else folder / "judge.gguf"
+    before = output.read_bytes(), (tmp_path / "out.run.json").read_bytes()
+    done = call("judge", model, whole / "data.jsonl", "-o", output, *options)
+    assert done.returncode == 2 and words in only_error(done)
+    assert (output.read_bytes(), (tmp_path / "out.run.json").read_bytes()) == before
+
+
+def test_rows_of_unknown_origin_and_of_another_input_are_not_mixed(folder, whole, tmp_path):
+    output = stopped_copy(whole, tmp_path)
+    append_rows(tmp_path / "data.jsonl", [ROWS[3] | {"id": "item 0"}])
+    done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", "-o", output, "--n-cot", 2)
+    assert done.returncode == 2 and "another item with the id 'item 0'" in only_error(done)
+    (tmp_path / "out.run.json").write_text("[1]")
+    done = call("judge", folder / "judge.gguf", whole / "data.jsonl", "-o", output, "--n-cot", 2)
+    assert done.returncode == 2 and "out.run.json does not say how" in only_error(done)
+    (tmp_path / "out.run.json").unlink()
+    done = call("judge", folder / "judge.gguf", whole / "data.jsonl", "-o", output, "--n-cot", 2)
+    assert done.returncode == 2 and "out.run.json, which says how" in only_error(done)
+
+
+def only_error(done) -> str:
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_failed_items_are_judged_again_and_the_table_keeps_the_order_of_the_input(folder, tmp_path):
+    rows = [
+        {"id": f"i{n}", "response": "so " * (120 if n % 2 else 3), "criteria": "c", "score": n}
+        for n in range(4)
+    ]
+    append_rows(tmp_path / "data.jsonl", rows)
+    table = tmp_path / "out.csv"
+    options = ("-o", table, "--threads", 1, "--context-length")
+    done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", *options, 60)
+    assert done.returncode == 0 and "4 judged, 2 of them failed, 0 were" in done.stdout
+    first = read_rows(tmp_path / "out.jsonl")
+    assert ["does not fit" in str(row["error"]) for row in first] == [False, True] * 2
+    with table.open(encoding="utf-8", newline="") as file:
+        [_, failed, *_] = csv.DictReader(file)
+    assert failed["score"] == failed["p_1"] == "" and "does not fit" in failed["error"]
+
+    done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", *options, 300)
+    assert done.returncode == 0 and "2 judged, 0 of them failed, 2 were there" in done.stdout
+    second = read_rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in second] == ["i0", "i2", "i1", "i3"]
+    assert second[:2] == first[::2] and all(row["error"] is None for row in second)
+    with table.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["id"] for row in found] == ["i0", "i1", "i2", "i3"]
+    assert [float(row["gold"]) for row in found] == [0, 1, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "data.jsonl",
+        "out.csv",
+        "out.jsonl",
+        "out.run.json",
+    }
+
+
+def test_a_table_holds_the_figures_of_the_rows(folder, whole, tmp_path):
+    for name in ("out.jsonl", "out.run.json"):
+        shutil.copy(whole / name, tmp_path)
+    for suffix in ("csv", "parquet"):
+        done, rows = judge(folder, whole / "data.jsonl", tmp_path / f"out.{suffix}", "--n-cot", 2)
+        assert "0 judged" in done.stdout
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    table = read_table(tmp_path / "out.parquet")
+    assert table.column_names == list(written[0])
+    assert {
+        "id",
+        "score",
+        "std",
+        "mode",
+        "mass",
+        "p_1",
+        "p_5",
+        "truncated",
+        "error",
+        "gold",
+        "feedback",
+    } <= set(table.column_names)
+    for row, text, cells in zip(rows, written, table.to_pylist(), strict=True):
+        assert cells["id"] == text["id"] == row["id"] and cells["error"] is None
+        for name in ("score", "std", "spread", "mode", "mass", "error_bound", "gold"):
+            assert cells[name] == float(text[name]) == row[name]
+        for label, share in row["probabilities"].items():
+            assert cells[f"p_{label}"] == float(text[f"p_{label}"]) == share
+        assert cells["truncated"] is row["truncated"] and text["truncated"] == str(row["truncated"])
+        assert cells["feedback"] == text["feedback"] == "\n\n".join(row["feedback"])
+
+
+def test_hostile_ids_and_texts_come_through_to_every_table(folder, tmp_path):
+    ids = ['a,b\n"c"', "half \ud83d", "null \0", "=1+1", "\u202eabc"]
+    append_rows(tmp_path / "data.jsonl", ({"id": i, "response": i, "criteria": i} for i in ids))
+    for suffix in ("csv", "parquet"):
+        _, rows = judge(folder, tmp_path / "data.jsonl", tmp_path / f"out.{suffix}")
+    assert [row["id"] for row in rows] == ids
+    shown = [i.replace("\ud83d", "\\ud83d") for i in ids]
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == shown
+    assert read_table(tmp_path / "out.parquet")["id"].to_pylist() == shown
+
+
+def test_one_item_is_explained_and_nothing_is_written(folder, whole, tmp_path):
+    command = ("judge", folder / "judge.gguf", whole / "data.jsonl", "--n-cot", 2, "--threads", 1)
+    done = call(*command, "--explain")
+    assert done.returncode == 0, done.stderr
+    expected = read_rows(whole / "out.jsonl")
+    assert f"score {expected[0]['score']:.2f}" in done.stdout
+    assert "Item item 0" in done.stdout and "Reasoning 2 of 2" in done.stdout
+    assert ROWS[0]["response"][:30] in done.stdout and "  5 0." in done.stdout
+    done = call(*command, "--explain", "item 4", "-o", tmp_path / "out.jsonl")
+    assert f"score {expected[4]['score']:.2f}" in done.stdout
+    done = call(*command, "--explain", "item 9")
+    assert done.returncode == 2 and "no item with the id 'item 9'" in only_error(done)
+    done = call(*command, "--explain", "--context-length", 20)
+    assert done.returncode == 1 and "not judged: prompt of" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_explanation_can_be_printed_where_there_is_no_unicode(folder, whole):
+    command = ("judge", folder / "judge.gguf", whole / "data.jsonl", "--explain", "--threads", 1)
+    ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    assert call(*command, env=ascii_only).returncode == 0
+
+
+def start(folder, data, output, **options) -> subprocess.Popen:
+    """A call that is judging: some of its rows are there, and many are not."""
+    enough = (output.stat().st_size if output.exists() else 0) + 2000
+    command = ["judge", folder / "judge.gguf", data, "-o", output, "--threads", 1, "--parallel", 2]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        **options,
+    )
+    while not output.exists() or output.stat().st_size < enough:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    return process
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Input that takes a while."""
+    path = tmp_path / "many.jsonl"
+    append_rows(path, ({"response": text, "criteria": "c"} for text in make_sentences(400)))
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_call_that_is_stopped_leaves_whole_rows_and_goes_on_without_judging_twice(
+    folder, many, tmp_path, number
+):
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):
+        process = start(folder, many, output)
+        process.send_signal(number)
+        _, log = process.communicate()
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert output.read_bytes().endswith(b"}\n")
+            assert log.splitlines()[-1].startswith("error: stopped") and "Traceback" not in log
+    before = read_rows(output)
+    assert 0 < len(before) < 400
+    _, rows = judge(folder, many, output)
+    assert rows[: len(before)] == before
+    assert [row["id"] for row in rows] == [str(n) for n in range(400)]
+
+
+def test_a_full_disk_leaves_whole_rows_and_a_later_call_goes_on(folder, many, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    output = tmp_path / "out.csv"
+    command = ("judge", folder / "judge.gguf", many, "-o", output, "--threads", 1)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = call(*command, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: [Errno")
+    rows = tmp_path / "out.jsonl"
+    assert 0 < len(read_rows(rows)) < 400 and rows.read_bytes().endswith(b"}\n")
+    assert not output.exists()
+    assert call(*command).returncode == 0
+    assert [row["id"] for row in read_rows(rows)] == [str(n) for n in range(400)]
+    assert len(output.read_text().splitlines()) > 400
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])
+def test_standard_output_that_takes_nothing_is_one_line_and_the_rows_are_there(
+    folder, data, tmp_path, target
+):
+    if target == "/dev/full":
+        stdout = open(target, "w")
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    output = tmp_path / "out.jsonl"
+    done = call("judge", folder / "judge.gguf", data, "-o", output, "--threads", 1, stdout=stdout)
+    assert done.returncode == 1 and len(read_rows(output)) == 6
+    assert done.stderr.splitlines()[-1].startswith("error: standard output takes no more")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_closed_streams_do_not_stop_the_judging(folder, data, tmp_path):
+    output = tmp_path / "out.jsonl"
+
+    def close():
+        os.close(1)
+        os.close(2)
+
+    done = call(
+        "judge", folder / "judge.gguf", data, "-o", output, "--threads", 1, preexec_fn=close
+    )
+    assert done.returncode == 0 and len(read_rows(output)) == 6
+
+
+def test_where_nothing_could_be_judged_the_call_fails_and_the_rows_say_why(folder, data, tmp_path):
+    output = tmp_path / "out.jsonl"
+    done = call("judge", folder / "judge.gguf", data, "-o", output, "--context-length", 16)
+    assert done.returncode == 1 and done.stdout == ""
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: none of the 6 items could be judged; the first: prompt of")
+    assert all("does not fit" in row["error"] for row in read_rows(output))
+
+
+def test_a_judge_behind_a_server_fills_a_file(folder, data, tmp_path):
+    output = tmp_path / "out.csv"
+    with fake_server(FakeVLLM(folder / "model", "not here")) as url:
+        options = ("-o", output, "--spec", folder / "model", "--parallel", 3, "--timeout", 60)
+        done = call("judge", url, data, *options, "--server-model", "judge")
+        assert done.returncode == 0, done.stderr
+        other = call("judge", url, data, *options)
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert all(row["error_bound"] > 0 for row in rows)
+    run = json.loads((tmp_path / "out.run.json").read_text())
+    assert run["model"] == "judge" and run["fingerprint"] is None
+    assert run["shapes"] == [{"server": url, "parallel": 3, "tract_lite": __version__}]
+    assert other.returncode == 2 and "judged with model 'judge', not None" in other.stderr
+
+
+def hang(path, body, key):
+    time.sleep(60)
+    return 200, {}
+
+
+def gone_after_a_while(folder):
+    served = FakeVLLM(folder / "model", "not here")
+    answers = iter(range(8))
+    return lambda *request: served(*request) if next(answers, None) is not None else (500, {})
+
+
+def lie(folder, **told):
+    """A server whose log-probabilities can't be some."""
+    served = FakeVLLM(folder / "model", "not here")
+
+    def answer(path, body, key):
+        status, content = served(path, body, key)
+        if body and body.get("logprobs"):
+            content["choices"][0]["logprobs"] = told["logprobs"]
+        return status, content
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "behaviour, words",
+    [
+        (lambda folder: hang, "did not answer within"),
+        (lambda folder: lambda *_: (500, {"error": "on fire"}), "answered HTTP 500: on fire"),
+        (lambda folder: lambda *_: (200, {}), "offers no models"),
+        (gone_after_a_while, "answered HTTP 500"),
+        (lambda folder: lie(folder, logprobs=None), "--max-logprobs"),
+        (
+            lambda folder: lie(folder, logprobs={"top_logprobs": [{"token_id:5": 0.7}]}),
+            "0.7 is no log-probability",
+        ),
+    ],
+)
+def test_a_server_that_fails_is_one_line_and_exit_code_1(folder, data, tmp_path, behaviour, words):
+    output = tmp_path / "out.csv"
+    with fake_server(behaviour(folder)) as url:
+        options = ("--spec", folder / "model", "--timeout", 1, "--parallel", 4)
+        done = call("judge", url, data, "-o", output, *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+    assert all(row["error"] is None for row in read_rows(tmp_path / "out.jsonl"))
+    assert not output.exists()
+
+
+def test_no_server_is_one_line_and_exit_code_1(data, tmp_path):
+    done = call("judge", f"http://127.0.0.1:{free_port()}", data, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 1 and "can't be reached" in only_error(done)
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.3, 0.9])
+def test_a_truncated_model_is_one_line_and_exit_code_2(folder, data, tmp_path, share):
+    whole = (folder / "judge.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
+    done = call("judge", tmp_path / "cut.gguf", data, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and "llama.cpp can't read" in only_error(done)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
 def test_standard_input_is_judged_and_failed_items_are_counted(folder, tmp_path):
@@ -169,7 +542,29 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "none/out.jsonl"), "no folder none"),
         (("judge", "none.gguf", "{data}", "-o", "{out}"), "none.gguf"),
         (("judge", "{data}", "{data}", "-o", "{out}"), "is not a GGUF file"),
-        (("judge", "{judge}", "{data}", "-o", "{data}"), "is not JSONL"),
+        (("judge", "{judge}", "{data}", "-o", "{data}"), "data.csv is the input"),
+        (("judge", "{judge}", "{plain}", "-o", "{plain_csv}"), "plain.jsonl is the input"),
+        (("judge", "{judge}", "{data}", "-o", "{table}"), "table.csv is there without"),
+        (("judge", "{judge}", "{data}", "-o", "{notes}"), "notes.jsonl is not JSONL"),
+        (("judge", "{judge}", "{data}", "-o", "out.txt"), "must end in .jsonl, .csv or .parquet"),
+        (("judge", "{judge}", "{data}"), "name the output with -o"),
+        (("judge", "{folder}", "{data}", "-o", "{out}"), "is a folder: .* export"),
+        (("judge", "{judge}", "{folder}", "-o", "{out}"), "model: format must be"),
+        (("judge", "{text}", "{data}", "-o", "{out}"), "text.gguf is not a GGUF file"),
+        (
+            ("judge", "{judge}", "{data}", "-o", "{out}", "--server-model", "x"),
+            "--server-model is for the URL of a server",
+        ),
+        (
+            ("judge", "http://localhost:1", "{data}", "-o", "{out}", "--threads", "2"),
+            "--threads is for a GGUF file",
+        ),
+        (("judge", "http://", "{data}", "-o", "{out}"), "is no server's address"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--parallel", "0"), "--parallel must be at"),
+        (
+            ("judge", "{judge}", "{data}", "-o", "{out}", "--context-length", "-5"),
+            "--context-length must be at least 1",
+        ),
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "other rows than judgements"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
         (
@@ -188,27 +583,31 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
 ):
     plain = tmp_path / "plain.jsonl"
     append_rows(plain, [{"id": "a"}, {"id": "b"}])
+    (tmp_path / "notes.jsonl").write_text("some notes\n")
+    (tmp_path / "text.gguf").write_text("some notes\n" * 99)
+    (tmp_path / "table.csv").write_text("a,b\n")
     names = {
         "judge": folder / "judge.gguf",
+        "folder": folder / "model",
+        "plain_csv": tmp_path / "plain.csv",
+        **{path.stem: path for path in tmp_path.iterdir()},
         "data": data,
         "plain": plain,
         "out": tmp_path / "out.jsonl",
     }
-    before = data.read_bytes(), plain.read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     done = call(*(argument.format(**names) for argument in arguments))
     assert done.returncode == 2 and done.stdout == ""
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert re.search(words, line)
-    assert (data.read_bytes(), plain.read_bytes()) == before
-    assert not (tmp_path / "out.jsonl").exists()
+    assert re.search(words, only_error(done))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_error_of_another_kind_is_not_hidden(folder, tmp_path, monkeypatch):
-    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
-    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    done = call("export", folder / "model", "-o", tmp_path / "judge.gguf")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+def test_what_fails_at_run_time_is_one_line_and_exit_code_1(folder, tmp_path):
+    for name in ("convert_hf_to_gguf.py", "gguf.py"):
+        (tmp_path / name).write_text("raise SystemExit('no such architecture')")
+    environment = ENVIRONMENT | {"LLAMA_CPP_DIR": str(tmp_path)}
+    done = call("export", folder / "model", "-o", tmp_path / "judge.gguf", env=environment)
+    assert done.returncode == 1 and "no such architecture" in only_error(done)
 
 
 def test_a_call_without_a_verb_shows_the_usage():

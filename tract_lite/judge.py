@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, Iterable, Iterator, Protocol, Sequence
 
 import numpy as np
 
+from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
 from tract_lite.rail import LOW_MASS, expected_score
 from tract_lite.records import Record
@@ -20,37 +21,11 @@ from tract_lite.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge says of one record.
-
-    `score` is the CoT-RAIL expectation, averaged over the reasonings; `scores` holds one for each.
-    `probabilities` are those of the labels, averaged; `mass` is their sum, what is missing from 1
-    lies on tokens that are no score. `std` is the standard deviation of the label distribution,
-    `mode` the value of the most likely label. `truncated`: a reasoning was stopped by the length
-    limit. A failed item has `error` and no score (NaN).
-    """
-
-    id: str | None
-    score: float = math.nan
-    probabilities: dict[str, float] = field(default_factory=dict)
-    mass: float = math.nan
-    feedback: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    std: float = math.nan
-    mode: float = math.nan
-    truncated: bool = False
-    error: str | None = None
-    feedback_ids: list[list[int]] = field(default_factory=list)
-
-    def to_row(self) -> dict[str, Any]:
-        """The judgement as a JSON-serialisable row, None where a figure is missing."""
-        row = asdict(self)
-        return {key: None if value != value else value for key, value in row.items()}
-
-
 class Engine(Protocol):
-    """A model that answers tasks: `engine.LlamaEngine` or `torch_engine.TransformersEngine`."""
+    """A model that answers tasks, with the exception for one that it can't answer.
+
+    `engine.LlamaEngine`, `torch_engine.TransformersEngine` or `server_engine.ServerEngine`.
+    """
 
     spec: JudgeSpec
     vocabulary: Vocabulary
@@ -70,15 +45,48 @@ class Judge:
         self.spec = engine.spec
 
     @classmethod
-    def from_gguf(cls, path: str | Path, spec: JudgeSpec | None = None, **options: Any) -> Judge:
+    def from_gguf(cls, path: str | Path, spec: JudgeSpec | None = None, *,
+                  adapter: str | Path | None = None, **options: Any) -> Judge:
         """A judge from a GGUF file, run by llama.cpp; `options` are those of `LlamaEngine`.
 
+        With `adapter` (what `export_adapter` has written), the file is the adapter's seed, which
+        serves many judges: `use_adapter` goes on to the next one.
+
         Raises:
-            ValueError: not a GGUF file, or one without a judge spec and none is given.
+            ValueError: not a GGUF file, one without a judge spec and none is given, or an adapter
+                of another seed.
         """
         from tract_lite.engine import LlamaEngine
 
-        return cls(LlamaEngine(path, spec, **options))
+        return cls(LlamaEngine(path, spec, adapter=adapter, **options))
+
+    def use_adapter(self, path: str | Path, spec: JudgeSpec | None = None) -> None:
+        """Become the judge of another adapter on the same GGUF file, which stays loaded.
+
+        Raises:
+            ValueError: not an adapter on this base, one without a judge spec, or not a GGUF judge.
+        """
+        if not hasattr(self.engine, "use_adapter"):
+            raise ValueError("only a judge from a GGUF file can change its adapter")
+        self.engine.use_adapter(path, spec)
+        self.spec = self.engine.spec
+
+    @classmethod
+    def from_server(cls, url: str, model: str | None = None,
+                    spec: JudgeSpec | str | Path | None = None, **options: Any) -> Judge:
+        """A judge behind an OpenAI-compatible endpoint: llama-server, vLLM and others.
+
+        `model` is its name there. `spec`, or the path of one, of the judge's folder or of its GGUF,
+        is needed where the server runs on another machine. `options` are those of `ServerEngine`:
+        `parallel` (samples in flight), `timeout` (seconds), `retries`, `api_key`, `vocabulary`.
+
+        Raises:
+            ValueError: no spec, no such model, or the spec of another judge.
+            RuntimeError: nothing answers there, or what does is no server of completions.
+        """
+        from tract_lite.server_engine import ServerEngine
+
+        return cls(ServerEngine(url, model, spec, **options))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None,
@@ -113,42 +121,44 @@ class Judge:
                    ) -> Iterator[Judgement]:
         """Judge records as they come, one judgement each, in input order.
 
-        A record that can't be judged gives a judgement with `error`. With `reasonings` (for each
-        record, the ids of its reasonings) nothing is sampled: their scores are read.
+        A record that can't be judged, with all its reasonings, gives a judgement with `error`. With
+        `reasonings` (for each record, the ids of its reasonings) nothing is sampled: their scores
+        are read. What is held in memory does not grow with the input. An error of `records` is
+        raised after the judgements of all records before it, one of the engine at once.
         """
-        ids: list[str | None] = []
-        asked: list[int] = []
-        ready: dict[int, Judgement] = {}
+        waiting: dict[int, tuple[str | None, Exception | None]] = {}
+        broken: list[Exception] = []
 
         def tasks() -> Iterator[Task]:
-            for index, record in enumerate(records):
-                ids.append(record.id)
-                try:
-                    prompt = prompt_ids(record, self.spec, self.engine.vocabulary)
-                except ValueError as error:
-                    ready[index] = Judgement(record.id, error=str(error))
-                    continue
-                given = reasonings[index] if reasonings is not None else None
-                count = n_cot if given is None else len(given)
-                if count < 1:
-                    ready[index] = Judgement(record.id, error="no reasoning is asked for")
-                    continue
-                source = f"{record.id}/{record.key}"
-                asked.append(index)
-                yield Task(prompt, [sample_seed(seed, source, n) for n in range(count)], given)
+            try:
+                for index, record in enumerate(records):
+                    task, fault = self._task(
+                        record, n_cot, seed, None if reasonings is None else reasonings[index])
+                    waiting[index] = getattr(record, "id", None), fault
+                    yield task
+            except Exception as error:
+                broken.append(error)
 
+        ready: dict[int, Judgement] = {}
         following = low = 0
-        for number, answer in self.engine.run(tasks()):
-            index = asked[number]
-            ready[index] = self._judgement(ids[index], answer)
-            low += ready[index].mass < LOW_MASS
-            while following in ready:
-                yield ready.pop(following)
-                following += 1
-        yield from (ready[index] for index in sorted(ready))
-        if low:
-            logger.warning("%d of %d judgements have less than %g of the probability on the "
-                           "labels: their scores are pulled down", low, len(ids), LOW_MASS)
+        try:
+            for index, answer in self.engine.run(tasks()):
+                record_id, fault = waiting.pop(index)
+                ready[index] = self._judgement(record_id, fault or answer)
+                while following in ready:
+                    judgement = ready.pop(following)
+                    following += 1
+                    low += judgement.mass < LOW_MASS
+                    yield judgement
+            for index, (record_id, _) in waiting.items():
+                ready[index] = Judgement(record_id, error="the engine gave no answer")
+            yield from (ready[index] for index in sorted(ready))
+        finally:
+            if low:
+                logger.warning("%d of %d judgements have less than %g of the probability on the "
+                               "labels: their scores are pulled down", low, following, LOW_MASS)
+        if broken:
+            raise broken[0]
 
     def close(self) -> None:
         """Free the model."""
@@ -160,15 +170,40 @@ class Judge:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def _task(self, record: Record, n_cot: int, seed: int,
+              given: Sequence[Sequence[int]] | None) -> tuple[Task, Exception | None]:
+        """What to ask of the engine, and what is wrong with the record.
+
+        A faulty record is asked as an empty task. Every engine refuses that, so that its judgement
+        comes in its turn and does not have to wait in memory for the end of the input.
+        """
+        try:
+            if not isinstance(record, Record):
+                raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
+            count = n_cot if given is None else len(given)
+            if count < 1:
+                raise ValueError("no reasoning is asked for")
+            source = f"{record.id}/{record.key}"
+            seeds = [sample_seed(seed, source, number) for number in range(count)]
+            return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given), None
+        # Whatever one record makes fail: the others can be judged.
+        except Exception as error:
+            return Task([], []), error
+
     def _judgement(self, record_id: str | None, answer: list[Sample] | Exception) -> Judgement:
         if isinstance(answer, Exception):
-            return Judgement(record_id, error=str(answer))
-        values = np.array(self.spec.scale.values)
+            kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
+            text = ": ".join(filter(None, (kind, str(answer)))) or type(answer).__name__
+            return Judgement(record_id, error=text)
         rows = np.exp([sample.label_log_probabilities for sample in answer])
+        if np.isnan(rows).any():
+            return Judgement(record_id, error="the model's probabilities are not numbers (NaN)")
+        values = np.array(self.spec.scale.values)
         scores = expected_score(rows, values)
         mean = rows.mean(axis=0)
         mass = float(mean.sum())
-        centred = values - expected_score(mean / mass, values)
+        share = mean / (mass or math.nan)
+        centred = values - expected_score(share, values)
         return Judgement(
             id=record_id,
             score=float(scores.mean()),
@@ -176,8 +211,11 @@ class Judge:
             mass=mass,
             feedback=[self.engine.vocabulary.decode(s.reasoning).strip() for s in answer],
             scores=scores.tolist(),
-            std=math.sqrt(expected_score(mean / mass, centred**2)),
+            std=math.sqrt(expected_score(share, centred**2)),
             mode=float(values[mean.argmax()]),
             truncated=any(sample.truncated for sample in answer),
             feedback_ids=[list(sample.reasoning) for sample in answer],
+            values=dict(zip(self.spec.scale.labels, self.spec.scale.values)),
+            missing_mass=float(np.mean([sample.missing_mass for sample in answer])),
+            error_bound=float(np.mean([sample.error_bound for sample in answer])),
         )

@@ -13,7 +13,8 @@ from typing import Any, Iterable, Iterator, Sequence
 from tqdm.auto import tqdm
 
 from tract_lite.jsonl import append_rows, read_rows
-from tract_lite.judge import Judge, Judgement
+from tract_lite.judge import Judge
+from tract_lite.judgement import Judgement
 from tract_lite.records import Record, read_records, record_to_row
 
 

@@ -1,0 +1,164 @@
+"""What a judge says of one record: the figures, and how a person reads them."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import textwrap
+from dataclasses import asdict, dataclass, field
+from statistics import stdev
+from typing import Any, Iterator
+
+from tract_lite.rail import LOW_MASS
+from tract_lite.records import Record
+
+# Eighths of a character.
+BLOCKS = " ▏▎▍▌▋▊▉█"
+WIDEST, NARROWEST = 100, 32
+# Of a record's text, so much is shown.
+SHOWN = 1200
+# What would steer a terminal, turn the direction of the text, or can't be written.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of one record. A failed item has `error` and no score (NaN).
+
+    `score` is the CoT-RAIL expectation: the mean of `scores`, one for each reasoning in `feedback`
+    (`feedback_ids`: its tokens). `probabilities` are those of the labels, averaged over the
+    reasonings, and `values` what the labels stand for; `mass` is the sum of the probabilities:
+    what is missing from 1 lies on tokens that are no score. `mode` is the value of the most likely
+    label. `truncated`: a reasoning was stopped by the length limit.
+
+    `std` tells how sure the judge is: the standard deviation of the value of a label drawn from
+    `probabilities`, normalised to the labels. It holds the doubt after a reasoning and the
+    difference between reasonings; `spread` is the latter alone.
+
+    Where only the top log-probabilities are known (servers), `missing_mass` is the probability of
+    the tokens that were not seen, and the exact score lies within `error_bound` of `score`.
+    """
+
+    id: str | None
+    score: float = math.nan
+    probabilities: dict[str, float] = field(default_factory=dict)
+    mass: float = math.nan
+    feedback: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    std: float = math.nan
+    mode: float = math.nan
+    truncated: bool = False
+    error: str | None = None
+    feedback_ids: list[list[int]] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
+    missing_mass: float = 0.0
+    error_bound: float = 0.0
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of `scores` between reasonings (n - 1 in the denominator).
+
+        NaN for fewer than two. The standard error of `score` is the spread / sqrt(n).
+        """
+        return stdev(self.scores) if len(self.scores) > 1 else math.nan
+
+    def probability_above(self, other: Judgement) -> float:
+        """P(A > B): the chance that this item deserves more than the other; ties count half.
+
+        The sum over labels a, b of p(a) q(b) ([a > b] + [a = b] / 2), with the values of the labels
+        compared and both distributions normalised to the labels: two judgements that look the same
+        give 0.5, and P(A > B) + P(B > A) = 1.
+
+        Raises:
+            ValueError: one has no score, or they are not on the same scale.
+        """
+        for judgement in (self, other):
+            if not judgement.mass > 0:
+                raise ValueError(f"item {judgement.id!r} has no score to compare: "
+                                 f"{judgement.error or 'its labels have no probability'}")
+        if self.values != other.values:
+            raise ValueError("judgements on different scales can't be compared: "
+                             f"{self.values} and {other.values}")
+        value = self.values
+        won = sum(p * q * ((value[a] > value[b]) + (value[a] == value[b]) / 2)
+                  for a, p in self.probabilities.items()
+                  for b, q in other.probabilities.items())
+        return won / (self.mass * other.mass)
+
+    def to_row(self) -> dict[str, Any]:
+        """The judgement as a JSON-serialisable row, None where a figure is missing."""
+        row = asdict(self) | {"spread": self.spread}
+        return {key: None if value != value else value for key, value in row.items()}
+
+    def explain(self, record: Record | None = None, width: int | None = None) -> str:
+        """The judgement as a person reads it: reasonings, a bar for each label, figures, warnings.
+
+        With its `record`, what was judged comes first. `width` is the terminal's unless given, in
+        characters. What would steer a terminal is shown as U+FFFD.
+        """
+        width = width or min(shutil.get_terminal_size().columns, WIDEST)
+        return "\n".join(self._lines(record, max(width, NARROWEST)))
+
+    def _lines(self, record: Record | None, width: int) -> Iterator[str]:
+        yield from [] if self.id is None else [f"Item {_visible(self.id)}", ""]
+        for name in ("prompt", "instruction", "response") if record else ():
+            if text := getattr(record, name):
+                yield from _section(name.capitalize(), _shorten(text), width)
+        for number, (text, score) in enumerate(zip(self.feedback, self.scores), 1):
+            several = f" {number} of {len(self.scores)}, score {score:.2f}"
+            title = f"Reasoning{several if len(self.scores) > 1 else ''}"
+            yield from _section(title, text, width)
+        yield from self._bars(width)
+        yield from textwrap.wrap("   ".join(self._figures(record)), width)
+        for warning in self._warnings():
+            yield from textwrap.wrap(f"! {_visible(warning)}", width, subsequent_indent="  ")
+
+    def _figures(self, record: Record | None) -> Iterator[str]:
+        for name in ("score", "std", "spread", "mass"):
+            if not math.isnan(value := getattr(self, name)):
+                yield f"{name} {value:.2f}"
+        if not math.isnan(self.mode):
+            yield f"most likely {self.mode:g}"
+        if record and record.score is not None:
+            yield f"gold {record.score:g}"
+
+    def _bars(self, width: int) -> Iterator[str]:
+        names = {label: _visible(label) + ("" if label == f"{value:g}" else f" ({value:g})")
+                 for label, value in self.values.items()}
+        column = max(map(len, names.values()), default=0)
+        length = max(width - column - 9, 8)
+        for label, probability in self.probabilities.items():
+            eighths = round(probability * length * 8)
+            bar = BLOCKS[-1] * (eighths // 8) + BLOCKS[eighths % 8].strip()
+            yield f"  {names[label]:>{column}} {probability:.3f} {bar}".rstrip()
+        yield from [""] if names else []
+
+    def _warnings(self) -> Iterator[str]:
+        if self.error:
+            yield f"not judged: {self.error}"
+        if self.truncated:
+            yield "the length limit stopped a reasoning: its score stands after an unfinished text"
+        if self.mass < LOW_MASS:
+            yield (f"only {self.mass:.2f} of the probability lies on the labels: the score is "
+                   "pulled down")
+        if self.error_bound:
+            yield (f"read from the top log-probabilities, which miss {self.missing_mass:.2g} of "
+                   f"the probability: the score may be off by {self.error_bound:.2g}")
+
+
+def _visible(text: str) -> str:
+    return _CONTROL.sub("\ufffd", text)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text):,} characters)"
+
+
+def _section(title: str, text: str, width: int) -> Iterator[str]:
+    """A title with the wrapped text below it, its line breaks kept, and an empty line."""
+    yield title
+    for line in text.strip().splitlines() or ["(empty)"]:
+        yield from textwrap.wrap(_visible(line.expandtabs(4)), width, initial_indent="  ",
+                                 subsequent_indent="  ") or [""]
+    yield ""
