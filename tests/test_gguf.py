@@ -8,12 +8,13 @@ from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
 from tract_lite.engine import LlamaEngine
-from tract_lite.gguf import export_gguf, llama_cpp_source, read_spec
+from tract_lite.converter import llama_cpp_source, read_spec
+from tract_lite.gguf import export_gguf
 from tract_lite.llama import load_model
 from tract_lite.prompt import make_spec
 from tract_lite.sampling import Task
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import SPEC_FILE, JudgeSpec
+from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 TOKENIZERS = Path(__file__).parents[1].parent / "shared" / "tokenizers"
@@ -59,7 +60,8 @@ def names_in(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    make_judge(folder / "model", make_spm(folder / "spm", make_sentences()))
+    # Q4_K needs widths that 256 divides.
+    make_judge(folder / "model", make_spm(folder / "spm", make_sentences()), hidden=256)
     return folder / "model"
 
 
@@ -90,7 +92,7 @@ def test_every_type_loads_and_judges(exported, number):
 
 def test_smaller_types_give_smaller_files(exported):
     f32, q8_0, q4_k_m = (path.stat().st_size for path in exported)
-    assert f32 > q8_0 > q4_k_m
+    assert q8_0 < 0.3 * f32 and q4_k_m < 0.2 * f32
 
 
 def assert_same_ids(gguf: Path, tokenizer_folder: Path) -> None:
@@ -108,15 +110,7 @@ def test_a_trained_spm_vocabulary_gives_the_same_ids_on_both_sides(model, export
 
 
 @needs_tokenizers
-def test_an_exported_real_vocabulary_gives_the_same_ids_on_both_sides(tmp_path):
-    spec = make_judge(tmp_path / "model", TOKENIZERS / "gpt-2", hidden=32, layers=1)
-    path = export_gguf(tmp_path / "model", tmp_path / "judge.gguf")
-    assert read_spec(path) == spec
-    assert_same_ids(path, TOKENIZERS / "gpt-2")
-
-
-@needs_tokenizers
-@pytest.mark.parametrize("name", ["llama-spm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-spm", "llama-bpe", "qwen2", "gpt-2"])
 def test_a_real_vocabulary_gives_the_same_ids_on_both_sides(name):
     assert_same_ids(TOKENIZERS / name / "vocab.gguf", TOKENIZERS / name)
 
@@ -138,7 +132,7 @@ def test_an_unknown_quantization_is_refused_with_the_known_ones(model, tmp_path)
 def test_a_failed_export_says_why_and_leaves_nothing(model, tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "gguf.py").write_text("")
+    (source / "gguf.py").write_text("class GGUFWriter: pass")
     (source / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(source))
     with pytest.raises(RuntimeError, match="no such architecture"):
@@ -158,14 +152,6 @@ def test_the_spec_of_another_vocabulary_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="vocabulary"):
         export_gguf(model, tmp_path / "judge.gguf", "f32", JudgeSpec.from_json(json.dumps(spec)))
     assert names_in(tmp_path) == set()
-
-
-def test_a_folder_without_a_spec_gives_a_file_without_one(model, tmp_path):
-    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns(SPEC_FILE))
-    path = export_gguf(folder, tmp_path / "plain.gguf", "f32")
-    assert read_spec(path) is None
-    with pytest.raises(ValueError, match="holds no judge spec"):
-        LlamaEngine(path)
 
 
 def test_what_is_no_gguf_file_is_refused_in_one_line(exported, tmp_path):

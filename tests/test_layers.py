@@ -8,9 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tract_lite"
 # The way of the data: a module imports only from above it.
-ORDER = """cache vocabulary scale spec sources records sampling prompt rail metrics jsonl loss encode seed
-settings trainer preflight train merge llama gguf engine torch_engine judge self_cot estimate parity report __main__""".split()
-NEED_TORCH = {"encode", "loss", "seed", "trainer", "preflight", "train", "merge", "torch_engine", "estimate"}
+ORDER = """cache vocabulary scale spec sources records sampling prompt rail metrics jsonl disk
+loss encode seed settings trainer preflight train adapter merge
+llama converter llama_adapter draw slots engine torch_engine
+server_http server_protocols server_text server_engine judgement judge judge_output judge_command
+self_cot estimate parity gguf model_card report __main__""".split()
+NEED_TORCH = {
+    "encode", "loss", "seed", "trainer", "preflight", "train", "adapter", "merge", "torch_engine",
+    "estimate",
+}
 HEAVY = ("torch", "transformers", "peft", "datasets", "llama_cpp", "scipy", "matplotlib", "numpy")
 
 

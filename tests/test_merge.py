@@ -1,12 +1,15 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from tiny import make_family, make_sentences, make_spm
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, make_family, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, LlamaTokenizer
 
 from tract_lite import merge
@@ -16,7 +19,8 @@ from tract_lite.scale import ScoreScale
 from tract_lite.seed import load_adapter, load_seed
 from tract_lite.spec import JudgeSpec
 
-FAMILIES = ("llama", "qwen2", "phi3")
+# Gemma ties its embeddings and scales its queries by a number of the config.
+OPTIONS = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
 VARIANTS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -36,8 +40,8 @@ def base_model(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def make_adapter(seed: Path, folder: Path, **options) -> Path:
-    """An adapter with random weights, none zero, on all linear layers."""
+def make_adapter(seed: Path, folder: Path, tokenizer=None, **options) -> Path:
+    """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
     torch.manual_seed(1)
     config = LoraConfig(
         r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options
@@ -45,11 +49,11 @@ def make_adapter(seed: Path, folder: Path, **options) -> Path:
     model = get_peft_model(base_model(seed), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
-    tokenizer = LlamaTokenizer.from_pretrained(seed)
-    make_spec(tokenizer, ScoreScale.integers(1, 5)).save(folder)
+    tokenizer = tokenizer or LlamaTokenizer.from_pretrained(seed)
+    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512).save(folder)
     return folder
 
 
@@ -60,7 +64,10 @@ def spm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seeds(spm):
-    return {family: make_family(spm.parent / family, spm, family) for family in FAMILIES}
+    return {
+        family: make_family(spm.parent / family, spm, family, **OPTIONS.get(family, {}))
+        for family in FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_scales_and_patterns_are_read_as_by_peft(seeds, tmp_path, variant):
     assert_merged_like_peft(seeds["llama"], adapter, merged)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_a_merge_onto_4_bits_gives_the_judge_that_was_trained(seeds, adapters, tmp_path, family):
     trained = load_adapter(load_seed(seeds[family], backend="transformers")[0], adapters[family])
     expected = logits_of(trained)
@@ -115,16 +122,21 @@ def test_a_merge_onto_4_bits_gives_the_judge_that_was_trained(seeds, adapters, t
     assert ours < 1e-4 < 1e-1 < theirs
 
 
-def test_a_seed_saved_in_4_bits_merges_too(seeds, adapters, tmp_path):
+@pytest.fixture
+def four_bits(seeds, tmp_path):
+    """The Llama seed as bitsandbytes saves it."""
     model, tokenizer = load_seed(seeds["llama"], backend="transformers")
-    seed = tmp_path / "llama"
-    model.save_pretrained(seed)
-    tokenizer.save_pretrained(seed)
-    assert any(name.endswith("absmax") for name in load_file(seed / "model.safetensors"))
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_seed_saved_in_4_bits_merges_too(four_bits, adapters, tmp_path):
+    assert any(name.endswith("absmax") for name in load_file(four_bits / "model.safetensors"))
     expected = logits_of(
-        load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"])
+        load_adapter(load_seed(four_bits, backend="transformers")[0], adapters["llama"])
     )
-    merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
+    merged = merge_adapter(four_bits, adapters["llama"], tmp_path / "merged")
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
 
@@ -192,11 +204,96 @@ def test_an_adapter_of_another_seed_is_refused_and_nothing_is_written(seeds, ada
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_on_weights_the_seed_lacks_is_refused(spm, adapters, tmp_path):
-    seed = make_family(tmp_path / "llama", spm, "llama", layers=1)
-    with pytest.raises(ValueError, match=r"the seed lacks: .*layers\.1\."):
-        merge_adapter(seed, adapters["llama"], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def renamed(adapter: Path, folder: Path, base: str) -> Path:
+    """A copy of an adapter that says it was trained on another seed."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("layers, reason", [(1, r"the seed lacks: .*layers\.1\."), (2, "shapes")])
+def test_an_adapter_that_does_not_fit_is_refused(spm, adapters, tmp_path, layers, reason):
+    seed = make_family(tmp_path / "llama", spm, "llama", layers=layers, intermediate_size=144)
+    adapter = renamed(adapters["llama"], tmp_path / "adapter", "/long/gone/llama")
+    with pytest.raises(ValueError, match=reason):
+        merge_adapter(seed, adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "adapter"}
+
+
+def test_a_seed_may_move_but_not_change(seeds, adapters, spm, tmp_path):
+    moved = shutil.copytree(seeds["llama"], tmp_path / "elsewhere")
+    merge_adapter(moved, adapters["llama"], tmp_path / "merged")
+    other = make_family(tmp_path / "llama", spm, "llama", seed=5)
+    with pytest.raises(ValueError, match="was trained on .*, not on"):
+        merge_adapter(other, adapters["llama"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "base", ["/long/gone/elsewhere", "nobody/elsewhere", "nobody/elsewhere-bnb-4bit"]
+)
+def test_a_seed_out_of_reach_is_known_by_its_name(seeds, adapters, tmp_path, monkeypatch, base):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapter = renamed(adapters["llama"], tmp_path / "adapter", base)
+    with pytest.raises(ValueError, match="let its folder have that name"):
+        merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
+    for place in ("elsewhere", "hub/models--nobody--elsewhere/snapshots/0a1b2c"):
+        moved = shutil.copytree(seeds["llama"], tmp_path / place)
+        merge_adapter(moved, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "norm"]]
+)
+def test_modules_to_save_take_the_seeds_place_and_untie_as_in_peft(spm, tmp_path, tied, saved):
+    seed = make_family(tmp_path / "seed", spm, "llama", tie_word_embeddings=tied)
+    adapter = make_adapter(seed, tmp_path / "adapter", modules_to_save=saved)
+    merged = merge_adapter(seed, adapter, tmp_path / "merged", base="16bit")
+    assert_merged_like_peft(seed, adapter, merged)
+    peft = PeftModel.from_pretrained(base_model(seed), adapter).merge_and_unload()
+    torch.testing.assert_close(logits_of(base_model(merged)), logits_of(peft), rtol=0, atol=1e-3)
+    assert not peft.config.tie_word_embeddings
+    assert not base_model(merged).config.tie_word_embeddings
+
+
+def test_embeddings_that_peft_keeps_tied_stay_tied(spm, tmp_path):
+    seed = make_family(tmp_path / "seed", spm, "llama", tie_word_embeddings=True)
+    adapter = make_adapter(
+        seed, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    merged = merge_adapter(seed, adapter, tmp_path / "merged", base="16bit")
+    assert_merged_like_peft(seed, adapter, merged)
+    assert base_model(merged).config.tie_word_embeddings
+
+
+def test_what_is_not_lora_on_linear_layers_is_refused(seeds, tmp_path):
+    adapter = make_adapter(seeds["llama"], tmp_path / "adapter", use_dora=True)
+    with pytest.raises(ValueError, match="lora_magnitude_vector"):
+        merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
+    with pytest.raises(ValueError, match="not an adapter"):
+        merge_adapter(seeds["llama"], seeds["llama"], tmp_path / "merged")
+
+
+def test_an_adapter_without_a_spec_is_refused(seeds, adapters, tmp_path):
+    adapter = shutil.copytree(
+        adapters["llama"], tmp_path / "adapter", ignore=shutil.ignore_patterns("judge_spec*")
+    )
+    with pytest.raises(ValueError, match="no judge spec"):
+        merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
+
+
+def test_a_second_set_of_weights_in_the_seed_is_left_alone(seeds, adapters, tmp_path):
+    seed = shutil.copytree(seeds["mistral"], tmp_path / "mistral")
+    save_file({"layers.0.attention.wq.weight": torch.ones(4)}, seed / "consolidated.safetensors")
+    merged = merge_adapter(seed, adapters["mistral"], tmp_path / "merged", base="16bit")
+    assert_merged_like_peft(seeds["mistral"], adapters["mistral"], merged)
+
+
+def test_the_original_weights_are_asked_for_where_the_seed_has_4_bits_alone(adapters, four_bits):
+    with pytest.raises(ValueError, match="in 4 bits alone"):
+        merge_adapter(four_bits, adapters["llama"], four_bits.parent / "merged", base="16bit")
 
 
 def test_an_unknown_base_is_refused(seeds, adapters, tmp_path):
@@ -205,8 +302,62 @@ def test_an_unknown_base_is_refused(seeds, adapters, tmp_path):
 
 
 def test_a_merge_takes_the_place_of_an_older_one(seeds, adapters, tmp_path):
-    out = tmp_path / "merged"
-    out.mkdir()
+    out = merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged", base="16bit")
     (out / "stale.safetensors").write_bytes(b"old")
     merge_adapter(seeds["llama"], adapters["llama"], out)
     assert not (out / "stale.safetensors").exists() and logits_of(base_model(out)).isfinite().all()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("name", ["seed", "adapter", "notes"])
+def test_a_folder_that_is_no_merge_is_never_replaced(seeds, adapters, tmp_path, name):
+    out = {"seed": seeds["llama"], "adapter": adapters["llama"]}.get(name, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = sorted(out.iterdir())
+    with pytest.raises(ValueError, match="is no merged judge"):
+        merge_adapter(seeds["llama"], adapters["llama"], out)
+    assert sorted(out.iterdir()) == before
+
+
+def test_no_room_on_the_disk_is_found_before_any_work(seeds, adapters, tmp_path, monkeypatch):
+    needed = load_file(seeds["llama"] / "model.safetensors")
+    size = sum(tensor.nbytes for tensor in needed.values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(RuntimeError, match="GB free: make room.*export_adapter"):
+        merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
+
+
+def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(
+    seeds, adapters, tmp_path
+):
+    kill = """
+import os, signal, sys
+from tract_lite import merge
+moment, seed, adapter, out = sys.argv[1:]
+owner, name = (os, "replace") if moment.isdigit() else (getattr(merge, "_ShardWriter"), moment)
+real, calls = getattr(owner, name), []
+def stop(*args):
+    calls.append(args)
+    if len(calls) > int(moment if moment.isdigit() else 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(owner, name, stop)
+merge.merge_adapter(seed, adapter, out, base="16bit")
+"""
+    out = tmp_path / "merged"
+    arguments = [str(seeds["llama"]), str(adapters["llama"]), str(out)]
+    # In the middle of the weights, of the shards' renaming and, with an old merge in place, between
+    # its going and the coming of the new one.
+    for moment in ("add", "0", "2"):
+        ended = subprocess.run([sys.executable, "-c", kill, moment, *arguments])
+        assert ended.returncode == -signal.SIGKILL
+        assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+        merge_adapter(seeds["llama"], adapters["llama"], out, base="16bit")
+        assert_merged_like_peft(seeds["llama"], adapters["llama"], out)
+        assert list(tmp_path.iterdir()) == [out]
+        if moment == "add":
+            shutil.rmtree(out)

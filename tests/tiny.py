@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -22,15 +22,25 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
+    MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from tract_lite.sampling import Sample
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 VOCABULARIES = ("gpt-2", "llama-bpe", "llama-spm", "qwen2", "trained")
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "phi3": Phi3Config, "gemma2": Gemma2Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "phi3": Phi3Config,
+}
 
 WORDS = """the response answer reasoning is clear short wrong right kind and but so it does not
 give any reason example of why how this works overall score follows lacks cites source step by
@@ -46,8 +56,34 @@ def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
     ]
 
 
-def make_spm(folder: Path, sentences: Iterable[str], size: int = 384) -> Path:
-    """Train a Llama-like SentencePiece vocabulary (BPE, byte fallback) and write its folder."""
+LLAMA_TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": False,
+    "add_bos_token": True,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+}
+GEMMA_TOKENIZER = {
+    "tokenizer_class": "GemmaTokenizer",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
+
+
+def make_spm(
+    folder: Path,
+    sentences: Iterable[str],
+    size: int = 384,
+    config: Mapping[str, Any] = LLAMA_TOKENIZER,
+    **options: Any,
+) -> Path:
+    """Train a SentencePiece vocabulary (BPE, byte fallback), like Llama's, and write its folder.
+
+    `config` goes into tokenizer_config.json, `options` to the trainer of SentencePiece.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -62,21 +98,27 @@ def make_spm(folder: Path, sentences: Iterable[str], size: int = 384) -> Path:
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
+        **options,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "legacy": False,
-                "add_bos_token": True,
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-            }
-        )
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_phi_spm(folder: Path) -> Path:
+    """A small vocabulary with the special tokens of Phi-3's and, as there, a tokenizer.json."""
+    make_spm(folder, make_sentences(), control_symbols=["<|endoftext|>"])
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def make_gemma_spm(folder: Path) -> Path:
+    """A small vocabulary with the special tokens of Gemma's, and no space before a text."""
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    pieces = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
+    options = {"control_symbols": ["<mask>"], "add_dummy_prefix": False, **ids, **pieces}
+    return make_spm(folder, make_sentences(), config=GEMMA_TOKENIZER, **options)
 
 
 def make_llama(
@@ -128,9 +170,13 @@ def make_family(
     *,
     layers: int = 2,
     seed: int = 0,
+    std: float = 0.2,
     **options: Any,
 ) -> Path:
-    """Write a random float32 model of one of `FAMILIES`, no parameter zero, biases included."""
+    """Write a random float32 model of one of `FAMILIES`, no parameter zero, biases included.
+
+    `std` is that of all weights but the norms'.
+    """
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -155,7 +201,7 @@ def make_family(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=std)
     model.save_pretrained(folder)
     return folder
 

@@ -23,8 +23,9 @@ _HOMES = {
     "train_stage": "train",
     "merge_adapter": "merge",
     "export_gguf": "gguf",
+    "export_adapter": "gguf",
     "Judge": "judge",
-    "Judgement": "judge",
+    "Judgement": "judgement",
     "generate_cots": "self_cot",
 }
 __all__ = list(_HOMES)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Collection, Sequence
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from tract_lite.spec import SPEC_FILE
+from tract_lite.adapter import (
+    EMBEDDING, HEAD, Adapter, copy_other_files, seed_folder, weight_files,
+)
+from tract_lite.disk import holds_judge, work_folder
+from tract_lite.spec import SPEC_FILE, JudgeSpec
 
 SHARD_BYTES = 256 * 2**20
 QUANTISED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
-NOT_COPIED = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
 
 
 def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
@@ -34,85 +35,95 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
     `seed`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
     the weights as the adapter met them in training, quantised and dequantised; "16bit" to the
     seed's own. Tensors keep the type of the seed's files. Tokenizer files are copied as they are,
-    the judge's spec too.
+    the judge's spec too. Memory holds one shard (256 MB or one tensor) and one tensor in float32.
+    An older merge in `out_dir` is replaced, at once and by a whole one alone.
 
     Raises:
-        ValueError: the adapter belongs to another seed or names weights that the seed lacks.
+        ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't be
+            merged, or `out_dir` holds something else.
+        RuntimeError: the disk has no room.
     """
     if base not in ("4bit", "16bit"):
         raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
-    seed_dir, adapter, out_dir = _seed_folder(seed), Path(adapter), Path(out_dir)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if Path(config["base_model_name_or_path"]).name != Path(seed).name:
-        raise ValueError(
-            f"the adapter was trained on {config['base_model_name_or_path']}, not on {seed}"
-        )
-    deltas = _Deltas(adapter, config)
-    quantised = _quantised_weights(seed_dir) if base == "4bit" else set()
-    unfinished = out_dir.with_name(out_dir.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    writer = _ShardWriter(unfinished)
-    for name, weight in _tensors(seed_dir):
-        dtype = weight.dtype
-        if isinstance(weight, _Packed):
-            weight = weight.dequantise()
-        elif name in quantised:
-            weight = _through_4bit(weight)
-        writer.add(name, deltas.add_to(name, weight).to(dtype))
-    deltas.check_all_used()
-    writer.finish()
-    _copy_other_files(seed_dir, unfinished)
-    shutil.copy(adapter / SPEC_FILE, unfinished / SPEC_FILE)
-    shutil.rmtree(out_dir, ignore_errors=True)
-    os.replace(unfinished, out_dir)
+    seed_dir, out_dir = seed_folder(seed), Path(out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()) and not holds_judge(out_dir):
+        raise ValueError(f"{out_dir} is there and is no merged judge: choose another folder")
+    changes = Adapter(adapter)
+    JudgeSpec.load(adapter)
+    changes.check_seed(seed, seed_dir)
+    weights = _find_weights(seed_dir, changes)
+    changes.check_fits({weight.name: weight.shape for weight in weights})
+    if base == "16bit" and any(weight.is_packed for weight in weights):
+        raise ValueError(f"{seed} is there in 4 bits alone: give the seed that it was made from")
+    size = sum(weight.size for weight in weights)
+    advice = "export the adapter alone: export_adapter needs no merge"
+    with work_folder(out_dir, size, advice) as folder:
+        merged = folder / "merged"
+        merged.mkdir()
+        _merge_weights(weights, changes, _quantised(seed_dir) if base == "4bit" else (), merged)
+        copy_other_files(seed_dir, merged, untied=changes.unties)
+        shutil.copy(Path(adapter, SPEC_FILE), merged)
+        if out_dir.exists():
+            os.replace(out_dir, folder / "old")
+        os.replace(merged, out_dir)
     return out_dir
 
 
-def _seed_folder(seed: str | Path) -> Path:
-    if Path(seed).is_dir():
-        return Path(seed)
-    from huggingface_hub import snapshot_download
+class _Weight:
+    """A weight of the seed's files, as it is there or packed in 4 bits, and its name in the merge.
 
-    return Path(snapshot_download(str(seed), ignore_patterns=["*.bin", "*.gguf", "*.pth"]))
+    `shape` is that of the weight, and `size` its bytes as they are written.
+    """
 
+    def __init__(self, name: str, key: str, files: dict[str, Path]):
+        self.name, self._key, self._files = name, key, files
+        self._parts = [part for part in files if part.startswith(f"{key}.")]
+        self.is_packed = bool(self._parts)
+        stored = self._state() if self.is_packed else self._tensor(key)
+        self.shape, self.dtype = tuple(stored.shape), stored.dtype
+        self.size = math.prod(self.shape) * self.dtype.itemsize
 
-class _Deltas:
-    """The adapter's weight changes, by the name of the weight they change."""
+    def read(self) -> torch.Tensor:
+        """The weight, without its 4 bits; mapped from its file where it is there as it is."""
+        if not self.is_packed:
+            return self._tensor(self._key)
+        from bitsandbytes.functional import dequantize_4bit
 
-    def __init__(self, adapter: Path, config: dict[str, Any]):
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        self._alpha_pattern = config.get("alpha_pattern") or {}
-        self._config = config
-        self._pairs: dict[str, list[torch.Tensor]] = {}
-        for key, tensor in sorted(tensors.items()):
-            name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-            if not part:
-                raise ValueError(f"the adapter holds {key}, which is no LoRA weight")
-            self._pairs.setdefault(name, []).append(tensor)
-        self._unused = set(self._pairs)
+        return dequantize_4bit(self._tensor(self._key), self._state())
 
-    def add_to(self, weight_name: str, weight: torch.Tensor) -> torch.Tensor:
-        name = weight_name.removesuffix(".weight")
-        if name not in self._pairs:
-            return weight
-        self._unused.discard(name)
-        down, up = (part.float() for part in self._pairs[name])
-        return weight.float().addmm_(up, down, alpha=self._scale(name, down.shape[0]))
+    def _tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], "pt") as opened:
+            return opened.get_tensor(key)
 
-    def check_all_used(self) -> None:
-        if self._unused:
-            raise ValueError(f"the adapter changes weights the seed lacks: {sorted(self._unused)}")
+    def _state(self) -> Any:
+        from bitsandbytes.functional import QuantState
 
-    def _scale(self, name: str, rank: int) -> float:
-        # As in peft: the first pattern that matches whole parts of the name.
-        matching = (value for pattern, value in self._alpha_pattern.items()
-                    if re.fullmatch(rf"(.*\.)?({pattern})", name))
-        alpha = next(matching, self._config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        parts = {part.removeprefix(f"{self._key}."): self._tensor(part) for part in self._parts}
+        return QuantState.from_dict(parts, device="cpu")
 
 
-def _quantised_weights(seed_dir: Path) -> set[str]:
+def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
+    """The weights of the merge; where the adapter unties the embeddings, with one for the head."""
+    files = weight_files(seed_dir)
+    weights = [_Weight(name, name, files) for name in files
+               if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
+    if changes.unties and HEAD not in files and EMBEDDING in files:
+        weights.append(_Weight(HEAD, EMBEDDING, files))
+    return weights
+
+
+def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Collection[str],
+                   out_dir: Path) -> None:
+    writer = _ShardWriter(out_dir)
+    for weight in tqdm(weights, "merging"):
+        tensor = weight.read()
+        if weight.name in quantised and not weight.is_packed:
+            tensor = _through_4bit(tensor)
+        writer.add(weight.name, changes.apply(weight.name, tensor).to(weight.dtype))
+    writer.finish()
+
+
+def _quantised(seed_dir: Path) -> set[str]:
     """The names of the weights that 4-bit loading quantises: all linear layers but the head."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,48 +144,6 @@ def _through_4bit(weight: torch.Tensor) -> torch.Tensor:
         weight.float().contiguous(), quant_type="nf4", compress_statistics=True
     )
     return dequantize_4bit(packed, state)
-
-
-@dataclass
-class _Packed:
-    """A 4-bit weight as bitsandbytes saves it, with what describes it."""
-
-    weight: torch.Tensor
-    state: Any
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.state.dtype
-
-    def dequantise(self) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight, self.state)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor | _Packed]]:
-    """The seed's weights one by one, 4-bit ones with their state."""
-    from bitsandbytes.functional import QuantState
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no safetensors files")
-    where = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            where.update(dict.fromkeys(opened.keys(), file))
-    weights = [name for name in where
-               if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
-    for name in tqdm(weights, "merging"):
-        parts = {key.removeprefix(f"{name}."): _read(where[key], key)
-                 for key in where if key.startswith(f"{name}.")}
-        weight = _read(where[name], name)
-        yield name, _Packed(weight, QuantState.from_dict(parts, device="cpu")) if parts else weight
-
-
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
 
 
 class _ShardWriter:
@@ -209,14 +178,3 @@ class _ShardWriter:
         save_file(self._pending, self._folder / f"{len(self._shards)}.tmp", {"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
-
-
-def _copy_other_files(seed_dir: Path, out_dir: Path) -> None:
-    """Config and tokenizer files; the config no longer speaks of 4 bits."""
-    for file in seed_dir.iterdir():
-        if file.is_file() and not file.name.endswith(NOT_COPIED):
-            shutil.copy(file, out_dir / file.name)
-    path = out_dir / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

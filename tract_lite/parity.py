@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 from dataclasses import dataclass
-from typing import Sequence
+from pathlib import Path
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from tract_lite.judge import Judge, Judgement
-from tract_lite.prompt import prompt_ids
-from tract_lite.records import Record
+from tract_lite.disk import GB
+from tract_lite.judge import Judge
+from tract_lite.judgement import Judgement
+from tract_lite.llama import load_model, quiet_llama
+from tract_lite.prompt import chat_pieces, prompt_ids
+from tract_lite.records import Record, Rubric
+from tract_lite.spec import JudgeSpec
+from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
+
+# Mean difference in score that an exact type may cost on a scale of 1 to 5, and the widest one of
+# Q8_0. What a smaller type costs is for its user to judge.
+BOUNDS = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
+BOUNDS_RANGE = 4
+_REASONING = "The answer is short and clear, but it gives no reason."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,3 +68,139 @@ def compare(judge: Judge, other: Judge, records: Sequence[Record],
     )
     return Parity(len(differences), different_prompts,
                   float(np.mean(differences)), float(np.max(differences)))
+
+
+def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
+    """Records whose texts vocabularies are likely to read differently.
+
+    `specials`: spellings of special tokens, which are text here.
+    """
+    rubric = Rubric("Is the answer right?",
+                    {label: f"{label} of all the best" for label in spec.scale.labels})
+    texts = (
+        "Yes: 2 + 2 = 4, 10/5 = 2.0 and 1,234,567.89.",
+        "  two spaces,\ttab\n\n\nlines\r\n end with one ",
+        "naïve café, e\u0301, 東京, Привет, 🙂👍🏽, zero\u200bwidth, no\u00a0break, \u2581",
+        f"{' '.join(specials)}<s> </s><|endoftext|><|eot_id|><|im_end|>[INST]",
+        f"{spec.marker} {spec.scale.labels[-1]}\n\n{spec.marker} ",
+    )
+    return [Record(instruction="Answer the question.", response=text, rubric=rubric,
+                   reference="It is 4.", id=f"check {number}")
+            for number, text in enumerate(texts, 1)]
+
+
+def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary,
+              records: Sequence[Record]) -> None:
+    """Make sure that a tokenizer and llama.cpp's `vocabulary` read a judge's ids alike.
+
+    These are the ids of prompts, and of marker, labels and special tokens by their spelling; and
+    the special tokens of the spec's chat format are those that the tokenizer's own brings.
+
+    Raises:
+        RuntimeError: they differ; says where.
+    """
+    theirs = TransformersVocabulary(tokenizer)
+    chat = [piece for piece in spec.chat if isinstance(piece, int)]
+    own = [piece for piece in chat_pieces(tokenizer, theirs) if isinstance(piece, int)]
+    if chat != own:
+        raise RuntimeError(f"the judge's prompt has the special tokens {theirs.pieces(chat)}, and "
+                           f"the tokenizer's own chat format has {theirs.pieces(own)}")
+    ids = [*chat, spec.eos_id, *spec.marker_ids, *spec.label_ids]
+    pieces, found = theirs.pieces(ids), vocabulary.pieces(ids)
+    if pieces != found:
+        raise RuntimeError(f"the ids {ids} are {pieces} in transformers and {found} in llama.cpp")
+    for record in records:
+        expected = prompt_ids(record, spec, theirs)
+        got = prompt_ids(record, spec, vocabulary)
+        if got != expected:
+            at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b),
+                      min(len(expected), len(got)))
+            raise RuntimeError(
+                f"the prompt of record {record.id} has other tokens from position {at} on: "
+                f"{theirs.pieces(expected[at:at + 5])} in transformers, "
+                f"{vocabulary.pieces(got[at:at + 5])} in llama.cpp")
+
+
+def check_vocabulary(spec: JudgeSpec, tokenizer: Any, file: Path,
+                     records: Sequence[Record] | None = None) -> list[Record]:
+    """`check_ids` between a tokenizer and a GGUF file; returns the records it took.
+
+    `records`: `hard_records` unless given.
+
+    Raises:
+        RuntimeError: they differ; says where.
+    """
+    if records is None:
+        records = hard_records(spec, list(TransformersVocabulary(tokenizer).specials)[:20])
+    model = load_model(file, vocab_only=True)
+    try:
+        check_ids(spec, tokenizer, GGUFVocabulary(model), records)
+    finally:
+        quiet_llama().llama_model_free(model)
+    logger.info("parity: %s: the ids of %d prompts, marker, labels and special tokens are the same "
+                "in transformers and llama.cpp", file.stem, len(records))
+    return list(records)
+
+
+def check_export(spec: JudgeSpec, tokenizer: Any, folder: Path, files: Mapping[str, Path],
+                 weights: int, records: Sequence[Record] | None = None) -> dict[str, Parity]:
+    """Make sure that GGUF files are the judge in the model folder that they were made from.
+
+    `files`: by type, such as "q8_0"; `weights`: how many the model has. First the ids, see
+    `check_ids`. Then the score distributions after a fixed reasoning, against transformers in
+    float32; where memory is too small for that, the log says so. A difference above the type's
+    bound is a warning. Returns the figures.
+
+    Raises:
+        RuntimeError: ids differ; says where.
+    """
+    taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
+    needed, free = 4 * weights, _free_memory()
+    if needed > free:
+        logger.info("parity: scores are not compared, as transformers takes %.1f GB of memory for "
+                    "that and %.1f GB are free", needed / GB, free / GB)
+        return {}
+    return _compare_scores(spec, folder, files, taken[0])
+
+
+def _compare_scores(spec: JudgeSpec, folder: Path, files: Mapping[str, Path],
+                    records: Sequence[Record]) -> dict[str, Parity]:
+    from tract_lite.seed import load_seed
+
+    model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers",
+                                 precision="float32")
+    figures = {}
+    with Judge.from_model(model, tokenizer, spec, batch_size=1) as reference:
+        ids = reference.engine.vocabulary.encode(_REASONING)
+        judged = list(reference.score_many(records, reasonings=[[ids]] * len(records)))
+        if all(judgement.error for judgement in judged):
+            logger.info("parity: scores are not compared: %s", judged[0].error)
+            return {}
+        for name, file in files.items():
+            with Judge.from_gguf(file, spec, parallel=1) as judge:
+                figures[name] = compare(reference, judge, records, judged)
+            _report(name, figures[name], spec)
+    return figures
+
+
+def _report(name: str, parity: Parity, spec: JudgeSpec) -> None:
+    logger.info("parity: %s: %s", name, parity)
+    values = spec.scale.values
+    bound = BOUNDS.get(name, math.inf) * (max(values) - min(values)) / BOUNDS_RANGE
+    if not parity.mean_difference <= bound:
+        logger.warning("%s: scores differ by %.4f from those of transformers, more than the %.4f "
+                       "that this type should cost: compare both on your own records", name,
+                       parity.mean_difference, bound)
+
+
+def _free_memory() -> int:
+    """Bytes where a model would be loaded: on the GPU, or in main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
