@@ -19,6 +19,8 @@ logger = logging.getLogger("two_stage")
 
 FEEDBACK_COLLECTION = "prometheus-eval/Feedback-Collection"
 MISTRAL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"
+# Cards up to here get the settings of a T4.
+T4_BYTES = 20e9
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,14 @@ PRESETS = {
         data=None, seed_model=None, max_items=2600, held_out=1000, gguf_items=1000,
         max_length=256, max_new_tokens=96, batch_size=250, gradient_checkpointing=False,
         quantization=("f16", "q8_0"),
+    ),
+    # The demo's way with a quarter of its data: every step can be seen, its judge is a poor one.
+    "quick": Preset(
+        training=TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3,
+                               save_every=25),
+        data=None, seed_model=None, max_items=640, held_out=100, gguf_items=100, validation=40,
+        max_length=256, max_new_tokens=96, batch_size=250, gradient_checkpointing=False,
+        quantization=("q8_0",),
     ),
     "24gb": Preset(
         training=TrainSettings(micro_batch_size=2, save_every=50), data=FEEDBACK_COLLECTION,
@@ -83,13 +93,15 @@ class Options:
     base: str = "4bit"
     precision: str | None = None
     skip_bad: bool = False
+    scratch: str | None = None
+    train_only: bool = False
 
 
 def preset_for(options: Options) -> Preset:
     """The preset with what the user chose put in its place."""
     preset = PRESETS[options.preset]
-    if options.preset == "demo" and options.data:
-        preset = DEMO_ON_OWN_DATA
+    if options.preset in ("demo", "quick") and options.data:
+        preset = replace(DEMO_ON_OWN_DATA, quantization=preset.quantization)
     chosen = {name: getattr(options, name)
               for name in ("data", "seed_model", "max_items", "max_length", "max_new_tokens",
                            "quantization")
@@ -103,7 +115,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """The options of a command line; without a preset, the one that suits this machine."""
     parser = argparse.ArgumentParser(
         description="Train a judge in two stages and export it as a GGUF file.")
-    parser.add_argument("--preset", choices=PRESETS, help="default: 24gb with CUDA, else demo")
+    parser.add_argument("--preset", choices=("auto", *PRESETS), default="auto",
+                        help="auto (the default): 24gb or t4 by the GPU's memory, else quick")
     parser.add_argument("--data", help="JSONL, JSON, CSV or Parquet file, or a hub data set")
     parser.add_argument("--split", help="split of a hub data set (default: train)")
     parser.add_argument("--out", help="run folder (default: runs/PRESET); goes on if it is there")
@@ -119,11 +132,24 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--precision", choices=PRECISIONS,
                         help="type to compute in (default: by the hardware)")
     parser.add_argument("--skip-bad", action="store_true", help="go on without unusable rows")
+    parser.add_argument("--scratch", metavar="FOLDER",
+                        help="for what is large and can be made again, such as the merged weights "
+                             "(default: the run folder)")
+    parser.add_argument("--train-only", action="store_true",
+                        help="stop before the export; the same call without it goes on")
     chosen = vars(parser.parse_args(arguments))
-    if chosen["preset"] is None:
-        chosen["preset"] = "24gb" if torch.cuda.is_available() else "demo"
-        if chosen["preset"] == "demo":
-            logger.warning("no GPU here and no --preset: this is a demo-size run on the CPU")
+    if chosen["preset"] == "auto":
+        chosen["preset"] = _preset_of_machine()
     chosen["out"] = chosen["out"] or f"runs/{chosen['preset']}"
+    # A form in a notebook has no other way of leaving a field to the preset.
+    chosen |= {name: chosen[name] or None for name in ("data", "seed_model", "max_items")}
     chosen["quantization"] = chosen["quantization"] and tuple(chosen["quantization"])
     return Options(**chosen)
+
+
+def _preset_of_machine() -> str:
+    if not torch.cuda.is_available():
+        logger.warning("no GPU here and no --preset: this is a quick run in demo size on the CPU")
+        return "quick"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return "24gb" if memory > T4_BYTES else "t4"

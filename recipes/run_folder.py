@@ -20,17 +20,19 @@ class RunFolder:
         self.path, self._writes = path, writes
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or go on in it.
+        """Go on in the folder, if it holds this run already.
 
         Raises:
             ValueError: it holds a run with other settings.
         """
-        file = self.path / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        file, self._settings = self.path / "settings.json", json.loads(json.dumps(settings))
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != self._settings:
             raise ValueError(f"{self.path} holds a run with other settings: choose another --out")
-        write_json(file, settings)
         logger.info("run folder %s, preset %s", self.path, settings["preset"])
+
+    def keep_settings(self) -> None:
+        """From now on the folder belongs to a run with these settings."""
+        write_json(self.path / "settings.json", self._settings)
 
     @property
     def counts(self) -> dict[str, Any]:

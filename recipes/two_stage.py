@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -38,12 +39,13 @@ from presets import Options, parse, preset_for
 from readings import judge_all, readings, sample_labels
 from run_folder import RunFolder
 from tract_lite import (
-    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_gguf,
-    generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
+    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_adapter,
+    export_gguf, generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
 )
 from tract_lite.estimate import run_seconds
-from tract_lite.jsonl import write_json, write_rows
+from tract_lite.jsonl import replacing, write_json, write_rows
 from tract_lite.metrics import format_table
+from tract_lite.model_card import write_model_card
 from tract_lite.parity import Parity, compare
 from tract_lite.prompt import DEFAULT_TEMPLATE, make_spec
 from tract_lite.records import record_to_row
@@ -56,6 +58,10 @@ logger = logging.getLogger("two_stage")
 # As TRACT's; of fewer records, the best step would be found by chance.
 VALIDATION_SHARE = 0.05
 LEAST_VALIDATION = 20
+# Held-out items that an export is checked with.
+CHECKED = 8
+# What a second call may choose anew.
+MAY_CHANGE = ("scratch", "train_only")
 # Processes wait for what the first one writes.
 WAIT = timedelta(days=7)
 
@@ -67,6 +73,7 @@ class TwoStage:
         self.options = options
         self.preset = preset_for(options)
         self.out = Path(options.out)
+        self.merged = Path(options.scratch or options.out) / "merged"
         self.processes = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
         self.folder = RunFolder(self.out, self.processes.is_main_process)
         if not self.processes.is_main_process:
@@ -87,7 +94,7 @@ class TwoStage:
         with folder.log():
             # What the first process has written, the others find done.
             with processes.main_process_first():
-                folder.open(dataclasses.asdict(self.options) | dataclasses.asdict(self.preset))
+                folder.open(self._settings())
                 training, held_out = self._data()
                 self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
                 training = self._with_reasonings(training)
@@ -95,14 +102,19 @@ class TwoStage:
             with processes.main_process_first():
                 training = self._reasonings("self_generated", self.out / "stage1/adapter", training)
             self._stage("stage2", training)
-            if processes.is_main_process:
-                self._report(self._judge(held_out, self._export()))
+            if processes.is_main_process and not self.options.train_only:
+                self._report(self._judge(held_out, self._export(held_out)))
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.options) | dataclasses.asdict(self.preset)
+        return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
     def _data(self) -> tuple[list[Record], list[Record]]:
         """The training pairs and the held-out items, the same ones at a second call."""
         training_file, held_out_file = self.out / "training.jsonl", self.out / "held_out.jsonl"
         if not held_out_file.exists():
             training, held_out = self._read_data()
+            self.folder.keep_settings()
             write_rows(training_file, map(record_to_row, training))
             write_rows(held_out_file, map(record_to_row, held_out))
         training, held_out = read_records(training_file), read_records(held_out_file)
@@ -198,18 +210,30 @@ class TwoStage:
         logger.info("this run takes about %.2f hours: %.2f for each stage, %.2f for the reasonings "
                     "between them", 2 * stage + reasonings, stage, reasonings)
 
-    def _export(self) -> list[Path]:
-        merged = self.out / "merged"
-        if not merged.exists():
-            adapter = self.out / "stage2" / "adapter"
-            merge_adapter(JudgeSpec.load(adapter).base_model, adapter, merged,
-                          base=self.options.base)
-        files = [self.out / f"judge-{name}.gguf" for name in self.preset.quantization]
-        for file, name in zip(files, self.preset.quantization):
-            if not file.exists():
-                logger.info("exporting %s", file)
-                export_gguf(merged, file, name)
+    def _export(self, held_out: Sequence[Record]) -> list[Path]:
+        """The adapter alone, then the merged judge in each type; checked on some held-out items."""
+        adapter = self.out / "stage2" / "adapter"
+        seed, alone = JudgeSpec.load(adapter).base_model, self.out / "judge-adapter.gguf"
+        if not alone.exists():
+            export_adapter(adapter, seed, alone)
+        names = self.preset.quantization
+        files = [self.out / f"judge-{name}.gguf" for name in names]
+        if missing := [name for name, file in zip(names, files) if not file.exists()]:
+            # A merge that is there may be older than the adapter.
+            merge_adapter(seed, adapter, self.merged, base=self.options.base)
+            logger.info("exporting %s", ", ".join(missing))
+            for made in export_gguf(self.merged, self.merged.parent / "judge.gguf", missing,
+                                    records=held_out[:CHECKED]):
+                self._keep(made)
         return files
+
+    def _keep(self, made: Path) -> None:
+        """Bring a file from the scratch folder into the run's."""
+        kept = self.out / made.name
+        if not kept.exists():
+            with replacing(kept) as part:
+                shutil.copyfile(made, part)
+            made.unlink()
 
     def _judge(self, held_out: Sequence[Record], files: Sequence[Path]) -> dict[str, Any]:
         path = self.out / "metrics.json"
@@ -229,11 +253,11 @@ class TwoStage:
         rows["stage 2, sampled label"] = evaluate(sample_labels(judged, self.scale), golds)
         rows |= readings("stage 2", judged, golds)
         # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
-        other = stage_2 if torch.cuda.is_available() else Judge.from_pretrained(
-            self.out / "merged", batch_size=self.preset.batch_size)
+        other = stage_2 if torch.cuda.is_available() or not self.merged.exists() else (
+            Judge.from_pretrained(self.merged, batch_size=self.preset.batch_size))
         few, parity = held_out[: self.preset.gguf_items], {}
         for file in files:
-            with Judge.from_gguf(file, parallel=16) as judge:
+            with Judge.from_gguf(file) as judge:
                 judged = judge_all(judge, few, file.name)
                 rows |= readings(file.name, judged, golds[: len(few)])
                 parity[file.name] = dataclasses.asdict(compare(judge, other, few, judged))
@@ -247,6 +271,8 @@ class TwoStage:
         print(f"\n{format_table(metrics['rows'])}\n")
         for name, figures in metrics["parity"].items():
             print(f"{name} against transformers, {Parity(**figures)}")
+        for folder in filter(Path.is_dir, (self.out, self.merged)):
+            write_model_card(self.out, folder)
         judge = self.out / f"judge-{self.preset.quantization[-1]}.gguf"
         print(f"\njudge:  {judge}\nreport: {write_report(self.out)}\nall:    {self.out}/")
 

@@ -18,13 +18,6 @@ from tiny import SHARED, load_tokenizer, make_it_stop, make_llama
 from tract_lite import JudgeSpec
 
 
-@pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo")
-    two_stage.main(["--preset", "demo", "--out", str(out)])
-    return out
-
-
 def rows_of(run: Path) -> dict[str, dict]:
     return json.loads((run / "metrics.json").read_text())["rows"]
 
@@ -69,6 +62,9 @@ def test_a_run_folder_holds_what_a_user_looks_for(demo_run: Path) -> None:
         "counts.json",
         "metrics.json",
         "report.md",
+        "README.md",
+        "merged/README.md",
+        "judge-adapter.gguf",
         "judgements.jsonl",
         "self_generated.jsonl",
         "judge-f16.gguf",

@@ -1,0 +1,207 @@
+"""README and docs: every command and Python block runs, links lead somewhere, messages exist."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import pytest
+
+import demo_task
+import presets
+import servers
+from tract_lite import __main__ as command_line
+
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+# The second word behind a fence of shell commands, and why they are not run as they stand.
+NOT_RUN = {
+    "install": "installs, or is `make demo`, which the fixture `demo_run` is",
+    "gpu": "needs a GPU and models of the hub: the recipe's own parser reads the options",
+    "server": "needs ports and vLLM: options are parsed, and llama-server is a real one elsewhere",
+}
+OWN_ITEMS, HELD_OUT_ITEMS = 40, 20
+
+
+class Block(NamedTuple):
+    language: str
+    tag: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    fences = re.findall(
+        r"^```(\w+) ?(\S*)\n(.*?)^```$",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    return [Block(*fence) for fence in fences]
+
+
+def commands_of(tag: str) -> list[list[str]]:
+    """The words of every line in the blocks with this tag, in all pages."""
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.tag == tag
+        for line in block.text.splitlines()
+    ]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def write_own_files(folder: Path) -> None:
+    """The files of a reader that the pages name."""
+    with (folder / "my_scores.csv").open("w", newline="") as scores:
+        with (folder / "my_texts.csv").open("w", newline="") as texts:
+            rows, few = csv.writer(scores), csv.writer(texts)
+            rows.writerow(["instruction", "response", "criteria", "score", "feedback"])
+            few.writerow(["instruction", "response", "criteria"])
+            for number, item in enumerate(demo_task.make_items(OWN_ITEMS, 7)):
+                record = item.record
+                text = [record.instruction, record.response, record.rubric.criteria]
+                rows.writerow([*text, record.score, record.feedback])
+                if number < 3:
+                    few.writerow(text)
+
+
+@pytest.fixture(scope="module")
+def clone(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with the demo's run folder in it, of whose held-out items a few are kept."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("recipes", "tract_lite", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(demo_run, folder / "runs" / "demo")
+    held_out = folder / "runs" / "demo" / "held_out.jsonl"
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT_ITEMS]))
+    write_own_files(folder)
+    return folder
+
+
+def run(clone: Path, *command: str) -> None:
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=clone, env={**os.environ, "PATH": places}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(page: Path, clone: Path) -> None:
+    for block in blocks_of(page):
+        if block.language == "python":
+            run(clone, sys.executable, "-c", block.text)
+        elif block.language == "bash" and not block.tag:
+            run(clone, "bash", "-euo", "pipefail", "-c", block.text)
+        elif block.language in ("csv", "json"):
+            (clone / block.tag).write_text(block.text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_is_of_a_known_kind(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks_of(page))
+    for block in blocks_of(page):
+        if block.language == "bash":
+            assert not block.tag or block.tag in NOT_RUN
+        else:
+            assert block.language == "python" or Path(block.tag).suffix[1:4] in ("csv", "jso")
+
+
+def test_commands_for_a_gpu_have_options_that_the_recipe_knows() -> None:
+    commands = commands_of("gpu")
+    assert len(commands) > 4
+    for command in commands:
+        options = presets.parse(command[command.index("recipes/two_stage.py") + 1 :])
+        assert presets.preset_for(options).training
+
+
+def test_commands_for_servers_have_options_that_the_command_line_knows() -> None:
+    asked = [words for words in commands_of("server") if words[0] == "python"]
+    assert len(asked) == 2
+    for command in asked:
+        assert command[:3] == ["python", "-m", "tract_lite"]
+        assert command_line.parse(command[3:]).model.startswith("http://")
+
+
+def test_the_documented_judging_with_llama_server_works(clone: Path) -> None:
+    serve, judge = [words for words in commands_of("server") if "vllm" not in " ".join(words)][:2]
+    model = clone / serve[serve.index("-m") + 1]
+    slots, context = (int(serve[serve.index(name) + 1]) for name in ("-np", "-c"))
+    with servers.llama_server(model, slots, context // slots) as url:
+        run(clone, *[url if word.startswith("http://") else word for word in judge])
+    with (clone / judge[judge.index("-o") + 1]).open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 3 and all(row["score"] and not row["error"] for row in rows)
+
+
+def test_every_page_is_linked_from_the_readme_and_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+        assert all((page.parent / link).is_file() for link in links), page
+        if page == README:
+            assert {README.parent / link for link in links} >= set(PAGES[1:])
+
+
+def test_the_files_named_in_the_readme_exist() -> None:
+    named = re.findall(r"^\| `(.+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert named
+    for cell in named:
+        first, *others = cell.split("`, `")
+        assert all((ROOT / first).with_name(Path(name).name).is_file() for name in [first, *others])
+
+
+def test_the_page_on_run_folders_explains_every_file_and_number(demo_run: Path) -> None:
+    page = (DOCS / "run_folder.md").read_text(encoding="utf-8")
+    for path in demo_run.iterdir():
+        name = "judge-*.gguf" if path.match("judge-*.gguf") else path.name + "/" * path.is_dir()
+        assert f"`{name}`" in page, name
+    metrics = json.loads((demo_run / "metrics.json").read_text())
+    stage = json.loads((demo_run / "stage2" / "stage.json").read_text())
+    figures = {key for row in metrics["rows"].values() for key in row}
+    logged = {key for entry in stage["log"] for key in entry if not is_bookkeeping(key)}
+    for name in figures | logged | keys_of(metrics["counts"]):
+        assert f"`{name}`" in page, name
+
+
+def is_bookkeeping(key: str) -> bool:
+    """What transformers adds at the end of each loop, about its own speed."""
+    return bool(re.fullmatch(r"(train|eval)_(runtime|\w+_per_second)|train_loss|total_flos", key))
+
+
+def keys_of(counts: dict[str, Any]) -> set[str]:
+    nested = [set(value) for value in counts.values() if isinstance(value, dict)]
+    return {key for key, value in counts.items() if isinstance(value, int)}.union(*nested)
+
+
+def test_troubleshooting_names_messages_that_exist() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    own, _, others = page.partition("\n## Of other programs\n")
+    named = re.findall(r"^### `(.+)`$", own, re.MULTILINE)
+    known = set(messages())
+    assert len(named) > 20 and others
+    for message in named:
+        parts = [re.escape(part) for part in message.split("…")]
+        pattern = re.compile(".*?".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in known), message
+
+
+def messages() -> Iterator[str]:
+    """All string constants of the package and the recipes, with … for what is put in."""
+    for path in [*(ROOT / "tract_lite").glob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[ds]|%\.\d+f", "…", node.value)
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+                )
