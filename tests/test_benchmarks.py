@@ -191,3 +191,35 @@ def test_a_child_answers_or_says_why_it_does_not(measure, tmp_path, body, why):
     head = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import measure\njob = sys.argv[2]"
     script.write_text(f"{head}\nprint('a word before')\n{body}\n")
     assert measure.in_child(script, {}) == why
+
+
+@pytest.fixture(scope="module")
+def judging_output() -> str:
+    return run("judge.py", "--smallest")
+
+
+def test_every_way_of_judging_has_its_speed_and_memory(judging_output):
+    speeds, _ = read_tables(judging_output)
+    assert len(speeds) == 7
+    for n_cot, items, written, per_minute, _, peak in speeds.values():
+        assert n_cot in ("1", "8") and number(items) >= 1
+        assert 0 < number(written) <= 8 and number(per_minute) > 0 and number(peak) > 0
+
+
+def test_a_speed_stands_beside_its_bar_and_whether_it_is_kept(judging_output):
+    speeds, _ = read_tables(judging_output)
+    for row, bar in zip((row for row in speeds.values() if "bar" in row[4]), (1.5, 2.5, 2.5)):
+        plain = next(r for name, r in speeds.items() if "llama" in name and r[0] == row[0])
+        assert number(row[4]) == pytest.approx(number(row[3]) / number(plain[3]), abs=0.01)
+        assert row[4].endswith(f"(bar {bar}: {'ok' if number(row[4]) >= bar else 'MISSED'})")
+
+
+def test_the_memory_of_the_engine_is_held_against_its_parts(judging_output):
+    _, memory = read_tables(judging_output)
+    assert len(memory) == 4
+    for file, cache, repacked, allowed, peak in memory.values():
+        assert number(file) > 0 and number(cache) > 0
+        parts = number(file) + number(cache) + number(repacked) + 300
+        assert number(allowed) == pytest.approx(parts, abs=2)
+        assert peak.endswith("(ok)" if number(peak) <= number(allowed) else "(MISSED)")
+    assert sum(number(row[2]) > 0 for row in memory.values()) == 1

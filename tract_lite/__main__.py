@@ -121,11 +121,13 @@ def _add_judge_arguments(verb: argparse.ArgumentParser) -> None:
                       help="print one item (the first) as a person reads it, and write nothing")
     for name, default, meaning in (
         ("--n-cot", 1, "reasonings per item"),
-        ("--parallel", 16, "sequences decoded, or requests in flight, at once"),
         ("--seed", 0, "seed of the sampling"),
     ):
         verb.add_argument(name, type=int, default=default, metavar="N",
                           help=f"{meaning} ({default})")
+    verb.add_argument("--parallel", type=int, metavar="N",
+                      help="sequences decoded at once (by the context's length), or requests in "
+                           "flight (16)")
     verb.add_argument("--spec", metavar="SPEC",
                       help="the judge's spec, its file or folder (the one inside the model); for a "
                            "server also the judge's GGUF file")

@@ -32,10 +32,10 @@ def judge(args: argparse.Namespace) -> None:
     todo = output.missing(records)
     failures: list[str] = []
     with _open_judge(args) as model:
-        run = _describe_run(args, model.spec)
+        run = _describe_run(args, model)
         output.check_run(run)
         if todo:
-            output.start(run, _describe_shape(args, model), todo)
+            output.start(run, {**model.engine.shape, "tract_lite": __version__}, todo)
             output.append(_rows(model, todo, args, failures))
         output.finish(model.spec.scale.labels, [record.id for record in records])
     if failures and len(failures) == len(records):
@@ -68,7 +68,7 @@ def _explain(args: argparse.Namespace) -> None:
     if record is None:
         raise ValueError(f"{args.input} has no item with the id {args.explain!r}; its first is "
                          f"{records[0].id!r}")
-    args.parallel = min(args.parallel, args.n_cot)
+    args.parallel = min(args.parallel or args.n_cot, args.n_cot)
     with _open_judge(args) as model:
         judgement = next(model.score_many([record], args.n_cot, args.seed))
     print(judgement.explain(record))
@@ -97,23 +97,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _open_judge(args: argparse.Namespace) -> Judge:
-    names = SERVER_OPTIONS if _is_server(args) else FILE_OPTIONS
+    names = ("parallel", *(SERVER_OPTIONS if _is_server(args) else FILE_OPTIONS))
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options["parallel"] = args.parallel
     if _is_server(args):
         options["api_key"] = os.environ.get(API_KEY)
         return Judge.from_server(args.model, args.server_model, args.spec, **options)
     return Judge.from_gguf(args.model, JudgeSpec.load(args.spec) if args.spec else None, **options)
 
 
-def _describe_run(args: argparse.Namespace, spec: JudgeSpec) -> dict[str, Any]:
+def _describe_run(args: argparse.Namespace, model: Judge) -> dict[str, Any]:
     """What makes the judgements what they are."""
     is_server = _is_server(args)
     return {
-        "model": args.server_model if is_server else Path(args.model).name,
+        "model": model.engine.shape["model"] if is_server else Path(args.model).name,
         "fingerprint": None if is_server else _fingerprint(args.model),
         "adapter": _fingerprint(args.adapter) if args.adapter else None,
-        "spec_sha256": hashlib.sha256(spec.to_json().encode("utf-8")).hexdigest(),
+        "spec_sha256": hashlib.sha256(model.spec.to_json().encode("utf-8")).hexdigest(),
         "n_cot": args.n_cot,
         "seed": args.seed,
     }
@@ -128,13 +127,6 @@ def _fingerprint(path: str) -> str:
             file.seek(size * piece // PIECES)
             digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
-
-
-def _describe_shape(args: argparse.Namespace, model: Judge) -> dict[str, Any]:
-    """On what the judging runs: what rounding hangs on."""
-    shape = model.engine.shape if not _is_server(args) else {
-        "server": args.model, "parallel": args.parallel}
-    return {**shape, "tract_lite": __version__}
 
 
 def _is_server(args: argparse.Namespace) -> bool:

@@ -41,6 +41,7 @@ class ServerEngine:
     runs if that lies on this machine. `vocabulary` (a path, or one that is loaded) is read from the
     same place unless given; llama-server's own can be used over HTTP. `timeout`: seconds that an
     answer may take. `retries`: how often a request is sent again when the server is busy or away.
+    `shape` tells what answered, to be kept with the results.
 
     Raises:
         ValueError: no spec, no vocabulary, or those of another judge; no such model.
@@ -67,6 +68,7 @@ class ServerEngine:
             self._http.close()
             raise
         self.vocabulary = self._protocol.vocabulary
+        self.shape = {"server": url, "model": served.name, "parallel": parallel}
         longest = self.spec.max_length
         self.context_length = min(longest, served.context_length or longest)
         if (penalty := self.spec.sampling.repetition_penalty) != 1:
