@@ -58,6 +58,11 @@ class Shape:
     intermediate: int = 8192
     vocabulary: int = 128_256
 
+    @property
+    def token_bytes(self) -> int:
+        """Of keys and values in the cache, in 16 bits."""
+        return 4 * self.layers * self.kv_heads * self.hidden // self.heads
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -263,7 +268,8 @@ class Comparison:
             self.lengths = Lengths(80, 48, 8)
             options.parallel = options.parallel or 8
         self.threads = options.threads
-        self.parallel = options.parallel or default_parallel(self.lengths.all)
+        self.parallel = options.parallel or default_parallel(
+            self.lengths.all, self.shape.token_bytes)
         self.failures: list[str] = []
 
     def show(self) -> None:

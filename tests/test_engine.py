@@ -20,6 +20,7 @@ from transformers.generation import (
 from tract_lite import engine as engine_module
 from tract_lite.engine import LlamaEngine, default_parallel
 from tract_lite.gguf import export_gguf
+from tract_lite.llama import cache_bytes, load_model, quiet_llama
 from tract_lite.prompt import make_spec
 from tract_lite.sampling import Task
 from tract_lite.scale import ScoreScale
@@ -452,8 +453,14 @@ def test_a_run_tells_its_shape(path):
     }
 
 
-def test_where_it_is_left_open_parallel_follows_from_the_length_of_the_context(path):
-    assert [default_parallel(length) for length in (256, 1152, 3000, 100_000)] == [32, 32, 16, 1]
+def test_where_it_is_left_open_parallel_follows_from_the_size_of_the_cache(path):
+    of_8_billion, of_1_billion = 4 * 32 * 8 * 128, 4 * 16 * 8 * 64
+    lengths = (256, 1152, 3000, 100_000)
+    assert [default_parallel(length, of_8_billion) for length in lengths] == [32, 26, 10, 1]
+    assert [default_parallel(length, of_1_billion) for length in lengths] == [32, 32, 32, 1]
+    model = load_model(path)
+    assert cache_bytes(model) == 4 * 2 * 2 * 16  # layers, heads of keys and values, their size
+    quiet_llama().llama_model_free(model)
     with LlamaEngine(path, threads=1, context_length=100) as engine:
         assert engine.shape["parallel"] == 32
         assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40

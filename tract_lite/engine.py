@@ -13,7 +13,7 @@ from typing import Any, Iterable, Iterator
 
 from tract_lite.draw import TokenSampler
 from tract_lite.llama import (
-    Context, load_model, quiet_llama, repacks_weights, spec_of, system_info,
+    Context, cache_bytes, load_model, quiet_llama, repacks_weights, spec_of, system_info,
 )
 from tract_lite.llama_adapter import load_adapter, set_adapter
 from tract_lite.prompt import Reasoning
@@ -25,15 +25,19 @@ from tract_lite.vocabulary import GGUFVocabulary
 
 # What all sequences together may hold where `parallel` is left open. A CPU decodes 16 sequences
 # for little more than 8, and 32 for less than twice as much; more than that gains little.
-CACHE_TOKENS = 48 * 1024
+# What the cache takes at most where `parallel` is left open.
+CACHE_BYTES = 4 * 10**9
 MAX_PARALLEL = 32
 # Tasks are taken from the input in windows of this many times `parallel`, and sorted inside one.
 WINDOW_PARALLEL = 2
 
 
-def default_parallel(context_length: int) -> int:
-    """As many sequences of that many tokens as together keep to `CACHE_TOKENS`, within 1 to 32."""
-    return max(1, min(MAX_PARALLEL, CACHE_TOKENS // context_length))
+def default_parallel(context_length: int, token_bytes: int) -> int:
+    """As many sequences of that many tokens as together keep to `CACHE_BYTES`, within 1 to 32.
+
+    `token_bytes`: what one token takes in the cache.
+    """
+    return max(1, min(MAX_PARALLEL, CACHE_BYTES // (context_length * token_bytes)))
 
 
 @dataclass
@@ -88,7 +92,7 @@ class LlamaEngine:
         self.context_length = context_length or min(
             self.spec.max_length, llama.llama_model_n_ctx_train(self._model))
         if parallel is None:
-            parallel = default_parallel(self.context_length)
+            parallel = default_parallel(self.context_length, cache_bytes(self._model))
         self._parallel = parallel
         self._slots: Slots | None = None
         self._context = Context(self._model, parallel, self.context_length, threads=threads,

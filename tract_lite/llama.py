@@ -84,6 +84,13 @@ def load_model(path: str | Path, **params: Any) -> Any:
     return model
 
 
+def cache_bytes(model: Any) -> int:
+    """Bytes that one token takes in a context's memory, in 16 bits."""
+    llama = quiet_llama()
+    head_size = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
+    return 2 * 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * head_size
+
+
 def spec_of(model: Any) -> JudgeSpec | None:
     """The judge's spec inside a loaded model (a `llama_model` pointer)."""
     get_value, key = quiet_llama().llama_model_meta_val_str, SPEC_KEY.encode()
