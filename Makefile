@@ -15,7 +15,7 @@ install: $(STAMP)
 $(STAMP): $(wildcard requirements*.txt) constraints-cpu.txt pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install $(REQUIREMENTS) -e .
-	.venv/bin/python -c "from tract_lite.gguf import llama_cpp_source; llama_cpp_source()"
+	.venv/bin/python -c "from tract_lite.converter import llama_cpp_source; llama_cpp_source()"
 	touch $(STAMP)
 
 test: install
