@@ -286,6 +286,10 @@ def test_an_explanation_can_be_printed_where_there_is_no_unicode(folder, whole):
     assert call(*command, env=ascii_only).returncode == 0
 
 
+# As many take seconds: time enough to stop a call half-way.
+MANY = 3000
+
+
 def start(folder, data, output, **options) -> subprocess.Popen:
     """A call that is judging: some of its rows are there, and many are not."""
     enough = (output.stat().st_size if output.exists() else 0) + 2000
@@ -309,7 +313,7 @@ def start(folder, data, output, **options) -> subprocess.Popen:
 def many(tmp_path):
     """Input that takes a while."""
     path = tmp_path / "many.jsonl"
-    append_rows(path, ({"response": text, "criteria": "c"} for text in make_sentences(400)))
+    append_rows(path, ({"response": text, "criteria": "c"} for text in make_sentences(MANY)))
     return path
 
 
@@ -327,10 +331,10 @@ def test_a_call_that_is_stopped_leaves_whole_rows_and_goes_on_without_judging_tw
             assert output.read_bytes().endswith(b"}\n")
             assert log.splitlines()[-1].startswith("error: stopped") and "Traceback" not in log
     before = read_rows(output)
-    assert 0 < len(before) < 400
+    assert 0 < len(before) < MANY
     _, rows = judge(folder, many, output)
     assert rows[: len(before)] == before
-    assert [row["id"] for row in rows] == [str(n) for n in range(400)]
+    assert [row["id"] for row in rows] == [str(n) for n in range(MANY)]
 
 
 def test_a_full_disk_leaves_whole_rows_and_a_later_call_goes_on(folder, many, tmp_path):
@@ -345,11 +349,11 @@ def test_a_full_disk_leaves_whole_rows_and_a_later_call_goes_on(folder, many, tm
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: [Errno")
     rows = tmp_path / "out.jsonl"
-    assert 0 < len(read_rows(rows)) < 400 and rows.read_bytes().endswith(b"}\n")
+    assert 0 < len(read_rows(rows)) < MANY and rows.read_bytes().endswith(b"}\n")
     assert not output.exists()
     assert call(*command).returncode == 0
-    assert [row["id"] for row in read_rows(rows)] == [str(n) for n in range(400)]
-    assert len(output.read_text().splitlines()) > 400
+    assert [row["id"] for row in read_rows(rows)] == [str(n) for n in range(MANY)]
+    assert len(output.read_text().splitlines()) > MANY
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])

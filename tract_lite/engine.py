@@ -6,6 +6,7 @@ hold; a finished reasoning makes that prompt, cut reasoning and marker, and the 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -162,7 +163,10 @@ class LlamaEngine:
             self._llama.llama_model_free(self._model)
         self._context = self._model = None
 
-    __del__ = close
+    def __del__(self) -> None:
+        # At the interpreter's end llama.cpp's functions are gone, and the memory goes by itself.
+        if not sys.is_finalizing():
+            self.close()
 
     def __enter__(self) -> LlamaEngine:
         return self
