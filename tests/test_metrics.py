@@ -22,6 +22,8 @@ CORRELATIONS = ("pearson", "spearman", "kendall")
 @pytest.fixture(scope="module")
 def judges():
     """Two real GPT-4 judgements of the same 320 items."""
+    if not VICUNA.is_file():
+        pytest.skip("no real data here")
     rows = json.loads(VICUNA.read_text(encoding="utf-8"))
     first, second, _ = zip(*(row["gpt4_score"] for row in rows))
     return first, second

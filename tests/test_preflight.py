@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import load, make_records
-from tiny import SHARED, make_family, make_sentences, make_spm
+from tiny import SHARED, load_tokenizer, make_family, make_sentences, make_spm
 
 from tract_lite import preflight as preflight_module
 from tract_lite import trainer as trainer_module
@@ -23,6 +23,7 @@ from tract_lite.vocabulary import TransformersVocabulary
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("preflight")
+    load_tokenizer("qwen2")
     spm = make_spm(folder / "spm", make_sentences())
     vocabularies = {"llama": spm, "qwen2": SHARED / "tokenizers" / "qwen2", "phi3": spm}
     return {name: make_family(folder / name, files, name) for name, files in vocabularies.items()}

@@ -26,6 +26,7 @@ from tract_lite.scale import ScoreScale
 
 ROOT = Path(__file__).parents[1]
 VICUNA = ROOT.parent / "shared" / "data" / "vicuna_eval.json"
+needs_data = pytest.mark.skipif(not VICUNA.is_file(), reason="no real data here")
 ONE_TO_FIVE = ScoreScale.integers(1, 5)
 
 
@@ -91,6 +92,7 @@ def run_python(code, *, stdin="", **environment):
 # The three row shapes
 
 
+@needs_data
 def test_a_benchmark_item_is_one_record_with_the_mean_score_and_its_prompt_untouched():
     rows = json.loads(VICUNA.read_text(encoding="utf-8"))
     records = read_records(VICUNA, scale=ONE_TO_FIVE)
@@ -333,6 +335,7 @@ def test_every_file_format_gives_the_same_records(tmp_path_factory, rows):
     assert [record.score for record in read_back[0]] == [row["score"] for row in rows]
 
 
+@needs_data
 def test_nested_columns_survive_parquet(read):
     rows = json.loads(VICUNA.read_text(encoding="utf-8"))[:20]
     rubric = {"criteria": "c", "descriptions": {"1": "no", "5": "yes"}}
@@ -434,6 +437,7 @@ def test_pairs_are_one_training_record_per_annotation():
     assert low.pairs() == [low]
 
 
+@needs_data
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_record_written_as_a_row_reads_back_the_same(read, suffix):
     full = Record(
@@ -452,6 +456,7 @@ def test_a_record_written_as_a_row_reads_back_the_same(read, suffix):
     assert read([record_to_row(item)], suffix) == [dataclasses.replace(item, annotations=())]
 
 
+@needs_data
 def test_annotations_have_names():
     [record] = read_records(VICUNA)[:1]
     first = record.annotations[0]

@@ -97,10 +97,11 @@ def test_a_run_folder_of_other_settings_is_refused(demo_run: Path) -> None:
 
 
 def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("qwen2")
     rows = json.loads((SHARED / "data" / "vicuna_eval.json").read_text())[:8]
     (tmp_path / "slice.json").write_text(json.dumps(rows))
     seed = make_llama(tmp_path / "seed", SHARED / "tokenizers" / "qwen2", context=4096)
-    make_it_stop(seed, load_tokenizer("qwen2").eos_token_id)
+    make_it_stop(seed, tokenizer.eos_token_id)
     two_stage.main(
         [
             "--preset",
