@@ -9,7 +9,7 @@ from collections import deque
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -61,6 +61,13 @@ def repacks_weights() -> bool:
     return REPACK
 
 
+def check_gguf(path: str | Path) -> None:
+    """Raises ValueError for a file that does not begin as a GGUF file does."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file")
+
+
 def load_model(path: str | Path, **params: Any) -> Any:
     """A `llama_model` pointer, to be freed by the caller; `params` as in `llama_model_params`.
 
@@ -68,9 +75,7 @@ def load_model(path: str | Path, **params: Any) -> Any:
         ValueError: not a GGUF file, or one that llama.cpp can't read.
     """
     llama = quiet_llama()
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+    check_gguf(path)
     settings = llama.llama_model_default_params()
     if "use_extra_bufts" not in params:
         params["use_extra_bufts"] = repacks_weights()
@@ -93,12 +98,17 @@ def cache_bytes(model: Any) -> int:
 
 def spec_of(model: Any) -> JudgeSpec | None:
     """The judge's spec inside a loaded model (a `llama_model` pointer)."""
-    get_value, key = quiet_llama().llama_model_meta_val_str, SPEC_KEY.encode()
-    length = get_value(model, key, None, 0)
+    return spec_in(quiet_llama().llama_model_meta_val_str, model)
+
+
+def spec_in(get_value: Callable[..., int], holder: Any) -> JudgeSpec | None:
+    """The judge's spec in the metadata of a model or an adapter, read by llama.cpp's `get_value`."""
+    key = SPEC_KEY.encode()
+    length = get_value(holder, key, None, 0)
     if length < 0:
         return None
     buffer = ctypes.create_string_buffer(length + 1)
-    get_value(model, key, buffer, len(buffer))
+    get_value(holder, key, buffer, len(buffer))
     return JudgeSpec.from_json(buffer.value.decode("utf-8"))
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tract_lite.llama import SPEC_KEY, quiet_llama
+from tract_lite.llama import check_gguf, quiet_llama, spec_in
 from tract_lite.spec import JudgeSpec
 
 
@@ -18,20 +18,12 @@ def load_adapter(model: Any, path: str | Path) -> tuple[Any, JudgeSpec | None]:
         ValueError: not a GGUF adapter, or one of another base.
     """
     llama = quiet_llama()
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+    check_gguf(path)
     adapter = llama.llama_adapter_lora_init(model, os.fsencode(path))
     if not adapter:
         raise ValueError(f"llama.cpp can't add {path} to this base: it is no LoRA adapter, or was "
                          "trained on another seed")
-    key, length = SPEC_KEY.encode(), 0
-    length = llama.llama_adapter_meta_val_str(adapter, key, None, 0)
-    if length < 0:
-        return adapter, None
-    text = ctypes.create_string_buffer(length + 1)
-    llama.llama_adapter_meta_val_str(adapter, key, text, len(text))
-    return adapter, JudgeSpec.from_json(text.value.decode("utf-8"))
+    return adapter, spec_in(llama.llama_adapter_meta_val_str, adapter)
 
 
 def set_adapter(context: Any, adapter: Any | None) -> None:
