@@ -44,7 +44,7 @@ SAMPLER = """
 import select, sys
 peak = 0
 print(flush=True)
-while not select.select([sys.stdin], [], [], 0.005)[0]:
+while not select.select([sys.stdin], [], [], 0.002)[0]:
     for line in open(f"/proc/{sys.argv[1]}/status"):
         if line.startswith("RssAnon"):
             peak = max(peak, int(line.split()[1]))
@@ -226,7 +226,8 @@ class Comparison:
         double = {**self.shape, "num_hidden_layers": 2 * layers}
         folder = self.folder / "double"
         check(in_child(__file__, {"job": "seed", "folder": str(folder), "shape": double}))
-        larger = self.run(OURS, folder, whole=False)["bytes"]
+        runs = [self.run(OURS, folder, whole=False) for _ in range(self.repeats)]
+        larger = median(runs)["bytes"]
         rows = [[str(layers), f"{held / MB:,.0f}", ""],
                 [str(2 * layers), f"{larger / MB:,.0f}", ratio(larger, held, GROWTH_BAR)]]
         return table(["layers", f"{OURS}, peak MB", "of half the layers"], rows)

@@ -167,6 +167,34 @@ def test_shards_load_back(seeds, adapters, tmp_path, monkeypatch, base):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_types_may_be_mixed_within_a_shard(seeds, adapters, tmp_path):
+    seed = tmp_path / "seed"
+    shutil.copytree(seeds["llama"], seed)
+    tensors = load_file(seed / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    # In the file's order, a float32 tensor would lie at an odd multiple of two bytes.
+    mixed = {"a.odd": torch.ones(3, dtype=torch.bfloat16)}
+    mixed |= {name: t if name == norm else t.bfloat16() for name, t in tensors.items()}
+    save_file(mixed, seed / "model.safetensors", {"format": "pt"})
+    merge_adapter(seed, adapters["llama"], tmp_path / "merged", base="16bit")
+    (shard,) = (tmp_path / "merged").glob("*.safetensors")
+    merged = load_file(shard)
+    assert {name: t.dtype for name, t in merged.items()} == {n: t.dtype for n, t in mixed.items()}
+    for name in ("a.odd", norm, "model.embed_tokens.weight"):
+        assert torch.equal(merged[name], mixed[name])
+
+
+def test_weights_of_a_type_that_is_not_known_are_refused(seeds, adapters, tmp_path):
+    seed = tmp_path / "seed"
+    shutil.copytree(seeds["llama"], seed)
+    tensors = load_file(seed / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, seed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"float8_e4m3fn \(model\.norm\.weight\)"):
+        merge_adapter(seed, adapters["llama"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_seed_in_shards_merges_too(seeds, adapters, tmp_path):
     seed = tmp_path / "llama"
     shutil.copytree(seeds["llama"], seed, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -338,11 +366,13 @@ def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(
 import os, signal, sys
 from tract_lite import merge
 moment, seed, adapter, out = sys.argv[1:]
-owner, name = (os, "replace") if moment.isdigit() else (getattr(merge, "_ShardWriter"), moment)
+owner, name, before = {
+    "weights": (merge, "_merged", 5), "done": (os, "replace", 0), "swap": (os, "replace", 1)
+}[moment]
 real, calls = getattr(owner, name), []
 def stop(*args):
     calls.append(args)
-    if len(calls) > int(moment if moment.isdigit() else 5):
+    if len(calls) > before:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 setattr(owner, name, stop)
@@ -350,14 +380,14 @@ merge.merge_adapter(seed, adapter, out, base="16bit")
 """
     out = tmp_path / "merged"
     arguments = [str(seeds["llama"]), str(adapters["llama"]), str(out)]
-    # In the middle of the weights, of the shards' renaming and, with an old merge in place, between
-    # its going and the coming of the new one.
-    for moment in ("add", "0", "2"):
+    # In the middle of the weights, before the folder gets its name and, with an old merge in place,
+    # between its going and the coming of the new one.
+    for moment in ("weights", "done", "swap"):
         ended = subprocess.run([sys.executable, "-c", kill, moment, *arguments])
         assert ended.returncode == -signal.SIGKILL
         assert not out.exists() and len(list(tmp_path.iterdir())) == 1
         merge_adapter(seeds["llama"], adapters["llama"], out, base="16bit")
         assert_merged_like_peft(seeds["llama"], adapters["llama"], out)
         assert list(tmp_path.iterdir()) == [out]
-        if moment == "add":
+        if moment == "weights":
             shutil.rmtree(out)

@@ -15,7 +15,6 @@ from typing import Any, Collection, Sequence
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tract_lite.adapter import (
@@ -25,6 +24,8 @@ from tract_lite.disk import holds_judge, work_folder
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 
 SHARD_BYTES = 256 * 2**20
+# The names that safetensors files give to the types of weights.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 QUANTISED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
 
 
@@ -35,7 +36,7 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
     `seed`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
     the weights as the adapter met them in training, quantised and dequantised; "16bit" to the
     seed's own. Tensors keep the type of the seed's files. Tokenizer files are copied as they are,
-    the judge's spec too. Memory holds one shard (256 MB or one tensor) and one tensor in float32.
+    the judge's spec too. Memory holds one tensor at a time; files have 256 MB or one tensor.
     An older merge in `out_dir` is replaced, at once and by a whole one alone.
 
     Raises:
@@ -109,18 +110,62 @@ def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
                if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
     if changes.unties and HEAD not in files and EMBEDDING in files:
         weights.append(_Weight(HEAD, EMBEDDING, files))
+    for weight in weights:
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"the seed has weights of type {weight.dtype} ({weight.name}): give "
+                             "one in 16 or 32 bits, or in bitsandbytes' 4 bits")
     return weights
 
 
 def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Collection[str],
                    out_dir: Path) -> None:
-    writer = _ShardWriter(out_dir)
-    for weight in tqdm(weights, "merging"):
-        tensor = weight.read()
-        if weight.name in quantised and not weight.is_packed:
-            tensor = _through_4bit(tensor)
-        writer.add(weight.name, changes.apply(weight.name, tensor).to(weight.dtype))
-    writer.finish()
+    """Write all weights in shards, with the index that transformers reads."""
+    shards = _shards(weights)
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    with tqdm(total=len(weights), desc="merging") as progress:
+        for name, shard in zip(names, shards):
+            with open(out_dir / name, "wb") as file:
+                file.write(_header(shard))
+                for weight in shard:
+                    file.write(_merged(weight, changes, weight.name in quantised))
+                    progress.update()
+    where = {weight.name: name for name, shard in zip(names, shards) for weight in shard}
+    index = {"metadata": {"total_size": sum(weight.size for weight in weights)},
+             "weight_map": where}
+    (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
+    """The changed weight's bytes, as a NumPy array."""
+    tensor = weight.read()
+    if quantised and not weight.is_packed:
+        tensor = _through_4bit(tensor)
+    merged = changes.apply(weight.name, tensor).to(weight.dtype)
+    return merged.reshape(-1).view(torch.uint8).numpy()
+
+
+def _shards(weights: Sequence[_Weight]) -> list[list[_Weight]]:
+    shards, size = [], math.inf
+    for weight in weights:
+        if size + weight.size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.size
+    # Wider types first, so that each tensor lies at a multiple of its type's width.
+    return [sorted(shard, key=lambda weight: -weight.dtype.itemsize) for shard in shards]
+
+
+def _header(shard: Sequence[_Weight]) -> bytes:
+    """The head of a safetensors file; its library writes only what is wholly in memory."""
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for weight in shard:
+        start, end = end, end + weight.size
+        entries[weight.name] = {"dtype": DTYPES[weight.dtype], "shape": weight.shape,
+                                "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _quantised(seed_dir: Path) -> set[str]:
@@ -144,37 +189,3 @@ def _through_4bit(weight: torch.Tensor) -> torch.Tensor:
         weight.float().contiguous(), quant_type="nf4", compress_statistics=True
     )
     return dequantize_4bit(packed, state)
-
-
-class _ShardWriter:
-    """Collects tensors and writes them in shards, with the index that transformers reads."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._pending: dict[str, torch.Tensor] = {}
-        self._bytes = self._total = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        if self._pending and self._bytes + tensor.nbytes > SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += tensor.nbytes
-        self._total += tensor.nbytes
-
-    def finish(self) -> None:
-        self._flush()
-        names = [f"model-{n:05}-of-{len(self._shards):05}.safetensors"
-                 for n in range(1, len(self._shards) + 1)]
-        for number, name in enumerate(names):
-            os.replace(self._folder / f"{number}.tmp", self._folder / name)
-        index = {
-            "metadata": {"total_size": self._total},
-            "weight_map": {key: name for name, keys in zip(names, self._shards) for key in keys},
-        }
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._folder / f"{len(self._shards)}.tmp", {"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._bytes = {}, 0
