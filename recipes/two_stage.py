@@ -34,9 +34,9 @@ from accelerate import PartialState
 
 import demo_task
 from demo_seed import cached_seed
+from held_out import HeldOut, sample_labels
 from own_data import read_own_data
 from presets import Options, parse, preset_for
-from readings import judge_all, readings, sample_labels
 from run_folder import RunFolder
 from tract_lite import (
     Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_adapter,
@@ -239,33 +239,33 @@ class TwoStage:
         path = self.out / "metrics.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        golds = [record.score for record in held_out]
-        rows: dict[str, Any] = {}
+        items, rows, parity = HeldOut(held_out, self.out / "judged"), {}, {}
         if self.is_example:
-            items = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
-            rows["true mean (best possible)"] = evaluate([item.mean for item in items], golds)
-        stage_1 = self._judge_from(self.out / "stage1" / "adapter")
-        judged = judge_all(stage_1, held_out, "stage 1")
-        rows["stage 1, CoT-RAIL"] = evaluate([j.score for j in judged], golds)
-        del stage_1
-        stage_2 = self._judge_from(self.out / "stage2" / "adapter")
-        judged = judge_all(stage_2, held_out, "stage 2")
-        rows["stage 2, sampled label"] = evaluate(sample_labels(judged, self.scale), golds)
-        rows |= readings("stage 2", judged, golds)
-        # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
-        other = stage_2 if torch.cuda.is_available() or not self.merged.exists() else (
-            Judge.from_pretrained(self.merged, batch_size=self.preset.batch_size))
-        few, parity = held_out[: self.preset.gguf_items], {}
+            made = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
+            rows["true mean (best possible)"] = items.evaluate([item.mean for item in made])
+        judged = items.judge("stage1", lambda: self._judge_from(self.out / "stage1/adapter"))
+        rows["stage 1, CoT-RAIL"] = items.evaluate([j.score for j in judged])
+        judged = items.judge("stage2", lambda: self._judge_from(self.out / "stage2/adapter"))
+        rows["stage 2, sampled label"] = items.evaluate(sample_labels(judged, self.scale))
+        rows |= items.readings("stage 2", judged)
         for file in files:
-            with Judge.from_gguf(file) as judge:
-                judged = judge_all(judge, few, file.name)
-                rows |= readings(file.name, judged, golds[: len(few)])
-                parity[file.name] = dataclasses.asdict(compare(judge, other, few, judged))
-        write_rows(self.out / "judgements.jsonl",
-                   ({**j.to_row(), "gold": gold} for j, gold in zip(judged, golds)))
+            judged = items.judge(file.stem, lambda: Judge.from_gguf(file), self.preset.gguf_items)
+            rows |= items.readings(file.name, judged)
+            with Judge.from_gguf(file) as judge, self._trained_judge() as trained:
+                try:
+                    parity[file.name] = dataclasses.asdict(
+                        compare(judge, trained, items.records, judged))
+                except ValueError as error:
+                    logger.warning("%s: no parity: %s", file.name, error)
         metrics = {"rows": rows, "parity": parity, "counts": self.folder.counts}
         write_json(path, metrics)
         return metrics
+
+    def _trained_judge(self) -> Judge:
+        # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
+        if torch.cuda.is_available() or not self.merged.exists():
+            return self._judge_from(self.out / "stage2/adapter")
+        return Judge.from_pretrained(self.merged, batch_size=self.preset.batch_size)
 
     def _report(self, metrics: dict[str, Any]) -> None:
         print(f"\n{format_table(metrics['rows'])}\n")

@@ -47,6 +47,15 @@ def test_a_row_has_the_spread_and_none_for_what_is_not_known():
     assert row["spread"] is row["score"] is None and row["error"] == "no"
 
 
+@pytest.mark.parametrize(
+    "judgement", [make(0.2, 0.3, 0.5, scores=(1.0, 2.0)), Judgement(None, error="no")]
+)
+def test_a_row_becomes_the_judgement_again(judgement):
+    row = json.loads(json.dumps(judgement.to_row() | {"gold": 3.0, "key": "k"}))
+    again = Judgement.from_row(row)
+    assert repr(again) == repr(judgement)
+
+
 def test_the_probability_of_a_higher_score_counts_ties_half():
     low, high = make(0.5, 0.3, 0.2), make(0.1, 0.2, 0.7)
     higher = 0.2 * 0.5 + 0.7 * (0.5 + 0.3)

@@ -537,7 +537,8 @@ def test_evaluate_measures_items_with_gold_and_counts_the_others(tmp_path):
 
 
 def test_report_prints_where_the_page_is(tmp_path):
-    append_rows(tmp_path / "judgements.jsonl", [{"score": 1.0, "gold": 2.0}])
+    (tmp_path / "judged").mkdir()
+    append_rows(tmp_path / "judged" / "judge-f16.jsonl", [{"score": 1.0, "gold": 2.0}])
     done = call("report", tmp_path)
     assert done.stdout == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
 

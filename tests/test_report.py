@@ -21,8 +21,9 @@ def write_stage(run, name, validation=()):
 
 
 def write_judgements(run, golds=GOLDS, scores=SCORES):
+    (run / "judged").mkdir()
     append_rows(
-        run / "judgements.jsonl",
+        run / "judged" / "judge-q8_0.jsonl",
         [
             {"id": str(n), "score": score, "gold": gold}
             for n, (score, gold) in enumerate(zip(scores, golds))

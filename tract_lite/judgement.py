@@ -6,9 +6,9 @@ import math
 import re
 import shutil
 import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import stdev
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from tract_lite.rail import LOW_MASS
 from tract_lite.records import Record
@@ -90,6 +90,13 @@ class Judgement:
         """The judgement as a JSON-serialisable row, None where a figure is missing."""
         row = asdict(self) | {"spread": self.spread}
         return {key: None if value != value else value for key, value in row.items()}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Judgement:
+        """The judgement that `to_row` wrote; other columns are left alone."""
+        absent = {"id": None, "error": None}
+        return cls(**{item.name: absent.get(item.name, math.nan) if row[item.name] is None
+                      else row[item.name] for item in fields(cls)})
 
     def explain(self, record: Record | None = None, width: int | None = None) -> str:
         """The judgement as a person reads it: reasonings, a bar for each label, figures, warnings.

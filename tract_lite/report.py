@@ -33,7 +33,9 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     logs = {name: log for name in STAGES if (log := _stage_log(run_dir / name / "stage.json"))}
-    pairs = [(row["gold"], row["score"]) for row in read_rows(run_dir / "judgements.jsonl")
+    # Of several GGUF files, the last by name.
+    exported = sorted((run_dir / "judged").glob("judge-*.jsonl"))[-1:]
+    pairs = [(row["gold"], row["score"]) for file in exported for row in read_rows(file)
              if row.get("gold") is not None and row.get("score") is not None]
     metrics = _read_json(run_dir / "metrics.json")
     settings = _read_json(run_dir / "settings.json")
