@@ -77,12 +77,22 @@ def describe_hardware() -> str:
     return f"computes in {str(dtype).removeprefix('torch.')}: {reason}"
 
 
+def has_gpu() -> bool:
+    if not installed("torch"):
+        return shutil.which("nvidia-smi") is not None
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> None:
-    has_gpu = shutil.which("nvidia-smi") is not None
-    file = ROOT / ("requirements-gpu.txt" if has_gpu else "requirements.txt")
+    file = ROOT / ("requirements-gpu.txt" if has_gpu() else "requirements.txt")
     requirements = read_requirements(file)
     try:
         check_torch(requirements)
+        if installed("torch"):
+            # A card that won't do is found before minutes of installing.
+            describe_hardware()
         missing = [str(requirement) for requirement in requirements if not is_met(requirement)]
         if missing:
             print(f"installing {', '.join(missing)}; llama-cpp-python is compiled, which takes "

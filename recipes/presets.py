@@ -27,7 +27,7 @@ T4_BYTES = 20e9
 class Preset:
     """`max_items` is chosen so that a run ends overnight, `validation` of them at most are not
     trained on; `held_out` items are kept for judging, `gguf_items` of them are judged with each
-    GGUF file. No `data`: the built-in example; no `seed_model`: a toy one, made for the data."""
+    GGUF file, `gguf_parallel` sequences at once (by the memory that they take). No `data`: the built-in example; no `seed_model`: a toy one, made for the data."""
 
     training: TrainSettings
     data: str | None
@@ -41,6 +41,7 @@ class Preset:
     batch_size: int = 8
     gradient_checkpointing: bool = True
     quantization: tuple[str, ...] = ("q4_k_m",)
+    gguf_parallel: int | None = None
 
 
 PRESETS = {
@@ -63,8 +64,8 @@ PRESETS = {
         seed_model=MISTRAL, max_items=6000, held_out=300, gguf_items=50, batch_size=16,
     ),
     "t4": Preset(
-        training=TrainSettings(save_every=25), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
-        max_items=1000, held_out=100, gguf_items=10, validation=40,
+        training=TrainSettings(save_every=40), data=FEEDBACK_COLLECTION, seed_model=MISTRAL,
+        max_items=1000, held_out=100, gguf_items=10, validation=40, gguf_parallel=4,
     ),
 }
 

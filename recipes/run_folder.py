@@ -26,8 +26,15 @@ class RunFolder:
             ValueError: it holds a run with other settings.
         """
         file, self._settings = self.path / "settings.json", json.loads(json.dumps(settings))
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != self._settings:
-            raise ValueError(f"{self.path} holds a run with other settings: choose another --out")
+        if file.exists():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            names = sorted(name for name in there.keys() | self._settings.keys()
+                           if there.get(name) != self._settings.get(name))
+            if names:
+                raise ValueError(
+                    f"{self.path} holds a run with other settings (" + ", ".join(
+                        f"{name}: {there.get(name)} there, {self._settings.get(name)} now"
+                        for name in names) + "): choose another --out")
         logger.info("run folder %s, preset %s", self.path, settings["preset"])
 
     def keep_settings(self) -> None:

@@ -213,27 +213,31 @@ class TwoStage:
     def _export(self, held_out: Sequence[Record]) -> list[Path]:
         """The adapter alone, then the merged judge in each type; checked on some held-out items."""
         adapter = self.out / "stage2" / "adapter"
-        seed, alone = JudgeSpec.load(adapter).base_model, self.out / "judge-adapter.gguf"
-        if not alone.exists():
-            export_adapter(adapter, seed, alone)
+        seed, scratch = JudgeSpec.load(adapter).base_model, self.merged.parent
+        if not (self.out / "adapter.gguf").exists():
+            self._keep(export_adapter(adapter, seed, scratch / "adapter.gguf"))
         names = self.preset.quantization
         files = [self.out / f"judge-{name}.gguf" for name in names]
         if missing := [name for name, file in zip(names, files) if not file.exists()]:
             # A merge that is there may be older than the adapter.
             merge_adapter(seed, adapter, self.merged, base=self.options.base)
             logger.info("exporting %s", ", ".join(missing))
-            for made in export_gguf(self.merged, self.merged.parent / "judge.gguf", missing,
+            for made in export_gguf(self.merged, scratch / "judge.gguf", missing,
                                     records=held_out[:CHECKED]):
                 self._keep(made)
         return files
 
     def _keep(self, made: Path) -> None:
-        """Bring a file from the scratch folder into the run's."""
+        """Copy a file from the scratch folder into the run's."""
         kept = self.out / made.name
         if not kept.exists():
             with replacing(kept) as part:
                 shutil.copyfile(made, part)
-            made.unlink()
+
+    def _exported(self, file: Path, parallel: int | None) -> Judge:
+        # The run's folder may be on a drive that is slow to read from.
+        near = self.merged.parent / file.name
+        return Judge.from_gguf(near if near.exists() else file, parallel=parallel)
 
     def _judge(self, held_out: Sequence[Record], files: Sequence[Path]) -> dict[str, Any]:
         path = self.out / "metrics.json"
@@ -249,9 +253,11 @@ class TwoStage:
         rows["stage 2, sampled label"] = items.evaluate(sample_labels(judged, self.scale))
         rows |= items.readings("stage 2", judged)
         for file in files:
-            judged = items.judge(file.stem, lambda: Judge.from_gguf(file), self.preset.gguf_items)
+            judged = items.judge(
+                file.stem, lambda: self._exported(file, self.preset.gguf_parallel),
+                self.preset.gguf_items)
             rows |= items.readings(file.name, judged)
-            with Judge.from_gguf(file) as judge, self._trained_judge() as trained:
+            with self._exported(file, 1) as judge, self._trained_judge() as trained:
                 try:
                     parity[file.name] = dataclasses.asdict(
                         compare(judge, trained, items.records, judged))

@@ -19,6 +19,7 @@ import pytest
 import demo_task
 import presets
 import servers
+from tract_lite import JudgeSpec
 from tract_lite import __main__ as command_line
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ PAGES = [README, *sorted(DOCS.glob("*.md"))]
 # The second word behind a fence of shell commands, and why they are not run as they stand.
 NOT_RUN = {
     "install": "installs, or is `make demo`, which the fixture `demo_run` is",
-    "gpu": "needs a GPU and models of the hub: the recipe's own parser reads the options",
+    "gpu": "needs a GPU and models of the hub: each preset is run with a toy seed",
     "server": "needs ports and vLLM: options are parsed, and llama-server is a real one elsewhere",
 }
 OWN_ITEMS, HELD_OUT_ITEMS = 40, 20
@@ -123,6 +124,17 @@ def test_commands_for_a_gpu_have_options_that_the_recipe_knows() -> None:
     for command in commands:
         options = presets.parse(command[command.index("recipes/two_stage.py") + 1 :])
         assert presets.preset_for(options).training
+
+
+@pytest.mark.parametrize("preset", ["t4", "24gb"])
+def test_a_command_for_a_gpu_goes_the_whole_way_with_a_toy_seed(
+    preset: str, clone: Path, demo_run: Path
+) -> None:
+    command = next(words for words in commands_of("gpu") if preset in words)
+    seed = JudgeSpec.load(demo_run / "merged").base_model
+    own = f"--data my_scores.csv --seed-model {seed} --max-new-tokens 64 --out runs/{preset}"
+    run(clone, *command, *own.split())
+    assert (clone / "runs" / preset / "judge-q4_k_m.gguf").is_file()
 
 
 def test_commands_for_servers_have_options_that_the_command_line_knows() -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_family, make_sentences, make_spm
-from transformers import AutoModelForCausalLM, LlamaTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer
 
 from tract_lite import merge
 from tract_lite.merge import merge_adapter
@@ -138,6 +138,27 @@ def test_a_seed_saved_in_4_bits_merges_too(four_bits, adapters, tmp_path):
     )
     merged = merge_adapter(four_bits, adapters["llama"], tmp_path / "merged")
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    assert farthest(logits_of(base_model(merged)), expected) < 1e-4
+
+
+def test_layers_that_a_4_bit_seed_keeps_in_16_bits_are_merged_as_they_are(
+    seeds, adapters, tmp_path
+):
+    skipped = "model.layers.0.mlp"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", skipped],
+    )
+    model = AutoModelForCausalLM.from_pretrained(seeds["llama"], quantization_config=config)
+    seed = tmp_path / "llama"
+    model.save_pretrained(seed)
+    AutoTokenizer.from_pretrained(seeds["llama"]).save_pretrained(seed)
+    expected = logits_of(
+        load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"])
+    )
+    merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
 
 

@@ -111,6 +111,15 @@ def test_the_built_in_example_is_no_data_set_of_somebody(tmp_path: Path) -> None
     assert "a judge for trying things out" in section(card, "Limits")
 
 
+@pytest.mark.parametrize("data, is_hub", [("someone/judged-texts", True), ("data/my.csv", False)])
+def test_a_file_that_is_gone_is_no_data_set_of_the_hub(
+    tmp_path: Path, data: str, is_hub: bool
+) -> None:
+    card = write_model_card(make_run(tmp_path, settings={"data": data}))
+    assert ("datasets" in header_of(card)) == is_hub
+    assert f"- source: {data if is_hub else 'my.csv'}\n" in section(card, "Data")
+
+
 def test_paths_of_the_machine_stay_there(tmp_path: Path) -> None:
     seed = tmp_path / "private" / "seed"
     seed.mkdir(parents=True)
@@ -134,12 +143,12 @@ def test_a_merged_folder_gets_the_card_in_place_of_its_seeds(tmp_path: Path) -> 
 
 def test_the_card_beside_gguf_files_names_them(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    (run / "judge-adapter.gguf").touch()
+    (run / "adapter.gguf").touch()
     alone = section(write_model_card(run), "Use")
-    assert 'Judge.from_gguf("seed.gguf", adapter="judge-adapter.gguf")' in alone
+    assert 'Judge.from_gguf("seed.gguf", adapter="adapter.gguf")' in alone
     (run / "judge-q8_0.gguf").touch()
     card = write_model_card(run)
-    assert "Files: `judge-adapter.gguf`, `judge-q8_0.gguf`." in card.read_text()
+    assert "Files: `adapter.gguf`, `judge-q8_0.gguf`." in card.read_text()
     assert 'Judge.from_gguf("judge-q8_0.gguf")' in section(card, "Use")
 
 

@@ -115,7 +115,7 @@ def test_all_cells_run_and_show_what_they_promise(
         "| judge-q8_0.gguf, CoT-RAIL ",
         "judge-q8_0.gguf against transformers",
         "How do I bake a loaf?",
-        "MB  runs/judge/judge-adapter.gguf",
+        "MB  runs/judge/adapter.gguf",
     ):
         assert shown in done.text, shown
     assert done.images == 1

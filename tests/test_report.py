@@ -72,6 +72,41 @@ def test_the_page_of_a_whole_run_holds_all_its_parts(run):
     assert width > 1.5 * height and imread(run / "report.png").std() > 0.05
 
 
+def test_a_stage_that_is_not_finished_is_drawn_up_to_its_last_checkpoint(run):
+    write_stage(run, "stage1")
+    log = json.loads((run / "stage1" / "stage.json").read_text())["log"]
+    (run / "stage1" / "stage.json").unlink()
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report(run)
+    for steps in (2, 3):
+        checkpoint = run / "stage1" / f"checkpoint-{steps}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log[:steps]}))
+        (checkpoint / "complete.json").write_text("{}")
+    (run / "stage1" / "checkpoint-4").mkdir()
+    (run / "stage1" / "checkpoint-4" / "trainer_state.json").write_text('{"log')
+    assert "(report.png)" in write_report(run).read_text()
+    unfinished = (run / "report.png").read_bytes()
+    (run / "stage1" / "stage.json").write_text(json.dumps({"log": log[:3]}))
+    write_report(run)
+    assert (run / "report.png").read_bytes() == unfinished
+
+
+def test_of_several_judges_the_one_that_judged_most_is_drawn(run):
+    write_judgements(run)
+    write_report(run)
+    all_of_gguf = (run / "report.png").read_bytes()
+    file = run / "judged" / "judge-q8_0.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    file.rename(run / "judged" / "stage2.jsonl")
+    file.write_text(rows[0])
+    write_report(run)
+    assert (run / "report.png").read_bytes() == all_of_gguf
+    file.write_text("".join(rows).replace("1.5", "4.5"))
+    write_report(run)
+    assert (run / "report.png").read_bytes() != all_of_gguf
+
+
 def test_the_figure_shows_the_validation(run):
     pictures = []
     for validation in ((), (1.0, 0.8), (1.0, 0.4)):

@@ -368,14 +368,21 @@ def test_a_batch_that_can_not_be_split_over_the_processes_is_refused():
         TrainSettings(batch_size=8, micro_batch_size=4).accumulation(3)
 
 
-def test_only_a_checkpoint_marked_complete_is_resumed_from(tmp_path):
+def test_only_a_checkpoint_whose_files_are_all_there_is_resumed_from(tmp_path):
     assert newest_complete_checkpoint(tmp_path / "none") is None
-    for steps in (9, 10, 200):
-        (tmp_path / f"checkpoint-{steps}").mkdir()
+    folders = [tmp_path / f"checkpoint-{steps}" for steps in (9, 10, 200)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"12345")
     assert newest_complete_checkpoint(tmp_path) is None
-    for steps in (9, 10):
-        (tmp_path / f"checkpoint-{steps}" / COMPLETE_FILE).touch()
-    assert Path(newest_complete_checkpoint(tmp_path)).name == "checkpoint-10"
+    for folder in folders[:2]:
+        (folder / COMPLETE_FILE).write_text(json.dumps({"optimizer.pt": 5}))
+    assert newest_complete_checkpoint(tmp_path) == str(folders[1])
+    # A drive that had not taken all of it when the session was lost.
+    (folders[1] / "optimizer.pt").write_bytes(b"123")
+    assert newest_complete_checkpoint(tmp_path) == str(folders[0])
+    (folders[0] / "optimizer.pt").unlink()
+    assert newest_complete_checkpoint(tmp_path) is None
 
 
 def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):

@@ -68,7 +68,7 @@ def test_a_run_folder_holds_what_a_user_looks_for(demo_run: Path) -> None:
         "report.md",
         "README.md",
         "merged/README.md",
-        "judge-adapter.gguf",
+        "adapter.gguf",
         "judged/stage1.jsonl",
         "judged/judge-q8_0.jsonl",
         "self_generated.jsonl",
@@ -110,10 +110,13 @@ def test_held_out_items_that_a_lost_session_has_judged_are_not_judged_again(
     assert items.judge("some", lambda: pytest.fail("the judge was opened"), count=8) == again
 
 
-def test_a_run_folder_of_other_settings_is_refused(demo_run: Path) -> None:
+def test_a_run_folder_of_other_settings_is_refused(
+    demo_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         two_stage.main(["--preset", "demo", "--epochs", "3", "--out", str(demo_run)])
     assert stopped.value.code == 2
+    assert "epochs: None there, 3.0 now" in caplog.text
 
 
 def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:

@@ -37,14 +37,21 @@ def run_seconds(model: Any, tokenizer: Any, records: Sequence[Record], spec: Jud
         trainer = CotRaftTrainer(model, examples, spec, tokenizer, Path(folder), settings)
         stage = _stage_seconds(trainer)
     reasoning = fmean(len(example.ids) - example.prompt_length for example in examples)
-    short = dataclasses.replace(spec.sampling, max_new_tokens=MEASURED_TOKENS)
-    short_spec = dataclasses.replace(spec, sampling=short)
-    judge = Judge.from_model(model, tokenizer, short_spec, batch_size)
-    start = time.perf_counter()
-    for _ in judge.score_many(records[:batch_size]):
-        pass
-    per_batch = (time.perf_counter() - start) * max(1.0, reasoning / MEASURED_TOKENS)
-    return {"stage": stage, "reasonings": per_batch * -(-len(records) // batch_size)}
+
+    def batch_seconds(new_tokens: int) -> float:
+        sampling = dataclasses.replace(spec.sampling, max_new_tokens=new_tokens)
+        short = dataclasses.replace(spec, sampling=sampling)
+        start = time.perf_counter()
+        for _ in Judge.from_model(model, tokenizer, short, batch_size).score_many(
+                records[:batch_size]):
+            pass
+        return time.perf_counter() - start
+
+    batch_seconds(1)  # warms up
+    prompt = batch_seconds(1)
+    token = max(0.0, batch_seconds(1 + MEASURED_TOKENS) - prompt) / MEASURED_TOKENS
+    batches = -(-len(records) // batch_size)
+    return {"stage": stage, "reasonings": batches * (prompt + token * reasoning)}
 
 
 def _stage_seconds(trainer: CotRaftTrainer) -> float:

@@ -45,8 +45,11 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     with open(path, "a+b", buffering=0) as file:
         file.truncate(_length_of_lines(file))
-        for row in rows:
-            line, start = _to_line(row), file.seek(0, os.SEEK_END)
+    for row in rows:
+        line = _to_line(row)
+        # Closed after each row: folders of a cloud drive pass on what is closed.
+        with open(path, "ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
             try:
                 while line:
                     line = line[file.write(line):]

@@ -34,8 +34,8 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
     """Write the seed with the adapter added (W + scale * B A, in float32) to a plain folder.
 
     `seed`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
-    the weights as the adapter met them in training, quantised and dequantised; "16bit" to the
-    seed's own. Tensors keep the type of the seed's files. Tokenizer files are copied as they are,
+    the weights as the adapter met them in training: dequantised where they are there in 4 bits,
+    and quantised before that where the whole seed is in 16. "16bit" adds to the seed's own. Tensors keep the type of the seed's files. Tokenizer files are copied as they are,
     the judge's spec too. Memory holds one tensor at a time; files have 256 MB or one tensor.
     An older merge in `out_dir` is replaced, at once and by a whole one alone.
 
@@ -61,7 +61,9 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
     with work_folder(out_dir, size, advice) as folder:
         merged = folder / "merged"
         merged.mkdir()
-        _merge_weights(weights, changes, _quantised(seed_dir) if base == "4bit" else (), merged)
+        # What a seed in 4 bits keeps in 16 was so in training too.
+        in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
+        _merge_weights(weights, changes, _quantised(seed_dir) if in_training else (), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
         shutil.copy(Path(adapter, SPEC_FILE), merged)
         if out_dir.exists():
@@ -138,7 +140,7 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Coll
 def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
     """The changed weight's bytes, as a NumPy array."""
     tensor = weight.read()
-    if quantised and not weight.is_packed:
+    if quantised:
         tensor = _through_4bit(tensor)
     merged = changes.apply(weight.name, tensor).to(weight.dtype)
     return merged.reshape(-1).view(torch.uint8).numpy()

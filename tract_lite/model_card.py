@@ -16,6 +16,7 @@ from tract_lite.spec import SPEC_FILE, JudgeSpec
 CARD_FILE = "README.md"
 STAGES = {"stage1": "stage 1", "stage2": "stage 2"}
 EXAMPLE = "the built-in example of tract-lite: made-up advice, for showing the method"
+DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 UNKNOWN, TO_FILL = "unknown", "*fill in*"
 
 
@@ -72,7 +73,8 @@ def _shown(name: str) -> tuple[str, bool]:
     """A hub id as it is, with True; of a path only its last part, since the rest is private."""
     if not name:
         return UNKNOWN, False
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists():
+    is_file = Path(name).exists() or Path(name).suffix in DATA_SUFFIXES
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not is_file:
         return name, True
     return Path(name).name, False
 
@@ -106,9 +108,9 @@ def _body(run: _Run) -> Iterator[str]:
 
 
 def _use(run: _Run) -> list[str]:
-    judges = [name for name in run.files if not name.endswith("adapter.gguf")]
+    judges = [name for name in run.files if name != "adapter.gguf"]
     opened = (f'Judge.from_gguf("{judges[-1]}")' if judges else 'Judge.from_pretrained(".")'
-              if run.is_merged else 'Judge.from_gguf("seed.gguf", adapter="judge-adapter.gguf")')
+              if run.is_merged else 'Judge.from_gguf("seed.gguf", adapter="adapter.gguf")')
     return ["The prompt, the scale and the score tokens are inside.", "", "```python",
             "from tract_lite import Judge, Record, Rubric", "", f"judge = {opened}",
             'record = Record(instruction="...", response="...", rubric=Rubric("..."))',

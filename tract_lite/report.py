@@ -32,11 +32,8 @@ def write_report(run_dir: str | Path) -> Path:
         ValueError: the folder holds nothing to report.
     """
     run_dir = Path(run_dir)
-    logs = {name: log for name in STAGES if (log := _stage_log(run_dir / name / "stage.json"))}
-    # Of several GGUF files, the last by name.
-    exported = sorted((run_dir / "judged").glob("judge-*.jsonl"))[-1:]
-    pairs = [(row["gold"], row["score"]) for file in exported for row in read_rows(file)
-             if row.get("gold") is not None and row.get("score") is not None]
+    logs = {name: log for name in STAGES if (log := _stage_log(run_dir / name))}
+    pairs = _scores_and_golds(run_dir / "judged")
     metrics = _read_json(run_dir / "metrics.json")
     settings = _read_json(run_dir / "settings.json")
     if not (logs or pairs or metrics or settings):
@@ -60,10 +57,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _stage_log(path: Path) -> list[dict[str, float]]:
-    """What a stage logged; nothing where it was too short to log its loss."""
-    log = _read_json(path).get("log", [])
+def _stage_log(folder: Path) -> list[dict[str, float]]:
+    """What a stage logged, up to its last checkpoint if it is not finished.
+
+    Nothing where it was too short to log its loss.
+    """
+    log = _read_json(folder / "stage.json").get("log", [])
+    for checkpoint in folder.glob("checkpoint-*/complete.json") if not log else ():
+        state = _read_json(checkpoint.with_name("trainer_state.json"))
+        log = max(log, state.get("log_history", []), key=len)
     return log if any(TERMS.keys() <= entry.keys() for entry in log) else []
+
+
+def _scores_and_golds(folder: Path) -> list[tuple[float, float]]:
+    """Gold score and score of each held-out item, from the stage-2 judge or, where it has judged
+    as many, from the last GGUF file by name."""
+    best: list[tuple[float, float]] = []
+    for file in (folder / "stage2.jsonl", *sorted(folder.glob("judge-*.jsonl"))):
+        pairs = [(row["gold"], row["score"]) for row in read_rows(file)
+                 if row.get("gold") is not None and row.get("score") is not None]
+        best = pairs if len(pairs) >= len(best) else best
+    return best
 
 
 def _intervals(rows: Mapping[str, Mapping[str, Any]]) -> str:

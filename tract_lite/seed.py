@@ -18,6 +18,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+# Triton's kernels, which Unsloth uses, begin here, also where torch has its own for older cards.
+TRITON_CAPABILITY = 7
 PRECISIONS = ("float32", "bfloat16", "float16")
 HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
 
@@ -40,11 +42,13 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
             f"{asked} on the CPU, as asked" if asked else "no GPU: float32 on the CPU")
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
-    built_for = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-    if built_for and major < min(int(arch[3:].rstrip("abf")) // 10 for arch in built_for):
+    built_for = [int(arch[3:].rstrip("abf")) // 10 for arch in torch.cuda.get_arch_list()
+                 if arch.startswith("sm_")]
+    oldest = max(TRITON_CAPABILITY, min(built_for, default=0))
+    if major < oldest:
         raise RuntimeError(
-            f"this torch has no kernels for {name} (compute capability {major}.{minor}; it was "
-            f"built for {', '.join(built_for)}): choose another GPU, on Kaggle 'GPU T4 x2'"
+            f"{name} is too old (compute capability {major}.{minor}): the kernels of this torch "
+            f"begin at {oldest}.0; choose another GPU, on Kaggle 'GPU T4 x2'"
         )
     if asked:
         return getattr(torch, asked), f"{asked} on {name}, as asked"

@@ -19,7 +19,7 @@ from tract_lite.records import Record
 from tract_lite.seed import for_training
 from tract_lite.settings import TrainSettings
 from tract_lite.spec import JudgeSpec
-from tract_lite.trainer import COMPLETE_FILE, CotRaftTrainer
+from tract_lite.trainer import CotRaftTrainer, is_complete
 from tract_lite.vocabulary import TransformersVocabulary
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def train_stage(model: Any, tokenizer: Any, records: Sequence[Record], spec: Jud
 
 def newest_complete_checkpoint(folder: Path) -> str | None:
     """The checkpoint with the most steps among those that were written to the end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    complete = filter(is_complete, folder.glob("checkpoint-*"))
     newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return str(newest) if newest else None
 

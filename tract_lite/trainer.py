@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import sys
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from tract_lite.encode import Example, LengthGroupedSampler, collate
+from tract_lite.jsonl import write_json
 from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.seed import compute_dtype, hidden_states, lm_head_weight
@@ -22,7 +24,7 @@ from tract_lite.spec import JudgeSpec
 
 logger = logging.getLogger(__name__)
 
-COMPLETE_FILE = "complete"
+COMPLETE_FILE = "complete.json"
 
 
 class CotRaftTrainer(Trainer):
@@ -186,8 +188,22 @@ def peak_memory_gb() -> float:
 
 
 class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint as complete, last: a killed run leaves half-written ones behind."""
+    """Writes the sizes of a checkpoint's files beside them, last: killed runs leave half of one."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE_FILE, _sizes(folder))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are there as they were written: a copy may lack some."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return sizes.items() <= _sizes(checkpoint).items()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
