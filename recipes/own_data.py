@@ -12,6 +12,8 @@ from tract_lite import Record, ScoreScale, read_records, split_records
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.1
+# Below, agreement is mostly chance.
+FEW_ITEMS = 20
 
 
 def read_own_data(data: str, split: str | None, scale: ScoreScale, skip_bad: bool, max_items: int,
@@ -36,7 +38,11 @@ def read_own_data(data: str, split: str | None, scale: ScoreScale, skip_bad: boo
     share = min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1))
     training, held_out = split_records(scored, share)
     if not training or not held_out:
-        raise ValueError(f"{len(scored)} items with a score are too few to hold some out")
+        raise ValueError(f"{len(scored)} items with a score are too few to hold some out; the "
+                         "column of gold scores is named score")
+    if len(held_out) < FEW_ITEMS:
+        logger.warning("only %d items are held out: the figures of this run say little",
+                       len(held_out))
     if len(training) > max_items:
         logger.info("%d of %d items are used (--max-items)", max_items, len(training))
         training = random.Random(0).sample(training, max_items)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from dataclasses import dataclass, replace
 from typing import Sequence
 
@@ -139,6 +140,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--train-only", action="store_true",
                         help="stop before the export; the same call without it goes on")
     chosen = vars(parser.parse_args(arguments))
+    if not re.fullmatch(r"-?\d+-\d+", chosen["scale"]):
+        parser.error(f"--scale must be like 1-5, got {chosen['scale']}")
     if chosen["preset"] == "auto":
         chosen["preset"] = _preset_of_machine()
     chosen["out"] = chosen["out"] or f"runs/{chosen['preset']}"
@@ -150,7 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def _preset_of_machine() -> str:
     if not torch.cuda.is_available():
-        logger.warning("no GPU here and no --preset: this is a quick run in demo size on the CPU")
+        logger.warning("no GPU here: this is a quick run in demo size on the CPU")
         return "quick"
     memory = torch.cuda.get_device_properties(0).total_memory
     return "24gb" if memory > T4_BYTES else "t4"

@@ -18,6 +18,7 @@ import logging
 import shutil
 import sys
 from datetime import timedelta
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -107,6 +108,9 @@ class TwoStage:
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.options) | dataclasses.asdict(self.preset)
+        if self.preset.data and Path(self.preset.data).is_file():
+            with open(self.preset.data, "rb") as file:
+                settings["data_sha256"] = file_digest(file, "sha256").hexdigest()
         return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
 
     def _data(self) -> tuple[list[Record], list[Record]]:
@@ -206,9 +210,10 @@ class TwoStage:
                   spec: JudgeSpec) -> None:
         seconds = run_seconds(model, tokenizer, training, spec, self.preset.training,
                               self.preset.batch_size)
-        stage, reasonings = seconds["stage"] / 3600, seconds["reasonings"] / 3600
-        logger.info("this run takes about %.2f hours: %.2f for each stage, %.2f for the reasonings "
-                    "between them", 2 * stage + reasonings, stage, reasonings)
+        stage, reasonings = seconds["stage"] / 60, seconds["reasonings"] / 60
+        logger.info("this run takes about %.1f minutes: %.1f for each stage, %.1f for the "
+                    "reasonings between them; export and evaluation come on top",
+                    2 * stage + reasonings, stage, reasonings)
 
     def _export(self, held_out: Sequence[Record]) -> list[Path]:
         """The adapter alone, then the merged judge in each type; checked on some held-out items."""
@@ -291,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         logger.error("error: %s", error)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        logger.error("stopped; the same command goes on")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

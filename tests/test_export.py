@@ -24,6 +24,7 @@ from tiny import (
     make_sentences,
     make_spm,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tract_lite import disk, parity
@@ -114,9 +115,29 @@ def test_the_gate_passes_what_is_the_same(export, caplog):
     caplog.set_level(logging.INFO)
     files = {"f32": export.gguf}
     figures = check_export(export.spec, export.tokenizer, export.merged, files, weights=0)["f32"]
+    assert figures.mean_distance <= 0.001
     assert figures.records == 5 and figures.different_prompts == 0
     assert figures.largest_difference <= 0.001
     assert "the ids of 5 prompts" in caplog.text and "f32: 5 records" in caplog.text
+
+
+def test_figures_are_printed_where_no_log_takes_them(small, tmp_path, capsys):
+    export_gguf(small, tmp_path / "judge.gguf", "f32")
+    shown = capsys.readouterr().err
+    assert "parity: f32: the ids of 5 prompts" in shown and "distributions by 0.00" in shown
+
+
+def test_a_file_of_another_head_is_found_by_its_distributions(small, tmp_path):
+    """The score of a random model hardly moves: its labels hold next to no probability."""
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    other = shutil.copytree(small, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(1).contiguous()
+    save_file(weights, file, {"format": "pt"})
+    file = export_gguf(other, tmp_path / "other.gguf", "f32", check=False)
+    figures = check_export(JudgeSpec.load(small), tokenizer, small, {"f32": file}, weights=0)
+    assert figures["f32"].mean_distance > 0.05
 
 
 def test_ids_of_real_prompts_are_the_same_on_both_sides(export):

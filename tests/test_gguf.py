@@ -123,6 +123,34 @@ def test_an_spm_folder_without_its_model_file_is_refused(model, tmp_path):
         export_gguf(tmp_path, tmp_path / "judge.gguf")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "give the model in 16 bits"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "untied embeddings"),
+    ],
+)
+def test_a_folder_that_the_converter_can_not_take_is_refused(model, tmp_path, change, words):
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words):
+        export_gguf(folder, tmp_path / "judge.gguf")
+
+
+def test_what_can_not_be_written_is_said_before_any_work(model, tmp_path):
+    with pytest.raises(ValueError, match="no quantization"):
+        export_gguf(model, tmp_path / "judge.gguf", [], cleanup=True)
+    with pytest.raises(ValueError, match="is a folder"):
+        export_gguf(model, tmp_path)
+    assert model.exists()
+
+
+def test_a_dot_in_a_name_is_not_always_a_suffix(model, tmp_path):
+    (written,) = export_gguf(model, tmp_path / "judge-3.2-1B", ["f32"], check=False)
+    assert written == tmp_path / "judge-3.2-1B-f32" and written.is_file()
+
+
 def test_an_unknown_quantization_is_refused_with_the_known_ones(model, tmp_path):
     with pytest.raises(ValueError, match="q5_9.*f32.*q4_k_m"):
         export_gguf(model, tmp_path / "judge.gguf", ["q8_0", "q5_9"])

@@ -363,9 +363,53 @@ def test_a_folder_that_is_no_merge_is_never_replaced(seeds, adapters, tmp_path, 
     out = {"seed": seeds["llama"], "adapter": adapters["llama"]}.get(name, tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = sorted(out.iterdir())
-    with pytest.raises(ValueError, match="is no merged judge"):
+    with pytest.raises(ValueError, match="holds other things"):
         merge_adapter(seeds["llama"], adapters["llama"], out)
     assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize("other", ["judge.gguf", "notes"])
+def test_somebodys_work_beside_an_older_merge_is_kept(seeds, adapters, tmp_path, other):
+    out = merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
+    (out / other).mkdir() if other == "notes" else (out / other).touch()
+    with pytest.raises(ValueError, match="holds other things"):
+        merge_adapter(seeds["llama"], adapters["llama"], out)
+    assert (out / other).exists()
+
+
+def test_a_seed_is_never_replaced_by_its_merge(adapters, seeds, tmp_path):
+    seed = tmp_path / "llama"
+    shutil.copytree(seeds["llama"], seed)
+    shutil.copy(adapters["llama"] / "judge_spec.json", seed)
+    with pytest.raises(ValueError, match="holds other things"):
+        merge_adapter(seed, adapters["llama"], seed)
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": "pissa_niter_4"}, {"fan_in_fan_out": 1}])
+def test_what_changed_the_seed_before_training_is_refused(seeds, adapters, tmp_path, change):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(adapters["llama"], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="only plain LoRA"):
+        merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
+
+
+def test_a_copy_of_the_seed_in_other_types_is_the_same_seed(seeds, adapters, tmp_path):
+    seed = tmp_path / "copy"
+    shutil.copytree(seeds["llama"], seed)
+    tensors = load_file(seed / "model.safetensors")
+    for kind in (torch.float16, torch.bfloat16):
+        save_file({n: t.to(kind) for n, t in tensors.items()}, seed / "model.safetensors")
+        merge_adapter(seed, adapters["llama"], tmp_path / "merged", base="16bit")
+
+
+def test_files_of_a_read_only_seed_are_copied_to_be_written(seeds, adapters, tmp_path):
+    seed = tmp_path / "llama"
+    shutil.copytree(seeds["llama"], seed)
+    (seed / "config.json").chmod(0o444)
+    merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
+    assert (merged / "config.json").stat().st_mode & 0o200
 
 
 def test_no_room_on_the_disk_is_found_before_any_work(seeds, adapters, tmp_path, monkeypatch):

@@ -51,8 +51,9 @@ def test_a_judge_is_like_itself_and_unlike_another(folder, spec, tmp_path):
     judged = list(judge.score_many(records))
     assert [bool(judgement.error) for judgement in judged] == [False, False, True]
     same, unlike = compare(judge, judge, records, judged), compare(judge, other, records, judged)
-    assert same == Parity(2, 0, 0.0, 0.0)
+    assert same == Parity(2, 0, 0.0, 0.0, 0.0)
     assert 0 < unlike.mean_difference <= unlike.largest_difference
+    assert 0 < unlike.mean_distance < 1
     with pytest.raises(ValueError, match="judged by both"):
         compare(judge, other, records[2:], judged[2:])
 
@@ -103,16 +104,19 @@ def test_a_prompt_with_other_tokens_is_found_with_its_place(spec, tokenizer):
 
 
 def test_scores_beyond_the_bound_of_the_type_are_a_warning(spec, caplog):
-    fine, wrong = Parity(5, 0, 0.009, 0.5), Parity(5, 0, 0.011, 0.5)
+    fine, wrong = Parity(5, 0, 0.009, 0.5, 0.009), Parity(5, 0, 0.011, 0.5, 0.009)
     parity._report("f16", fine, spec)
-    parity._report("q4_k_m", Parity(5, 0, 0.9, 1.5), spec)
+    parity._report("q4_k_m", Parity(5, 0, 0.9, 1.5, 0.9), spec)
     wide = ScoreScale.integers(1, 9)
     parity._report(
         "f16", wrong, changed(spec, scale={"labels": wide.labels, "values": wide.values})
     )
     assert not caplog.records
     parity._report("f16", wrong, spec)
-    assert "more than the 0.0100 that this type should cost" in caplog.text
+    assert "scores differ by 0.0110" in caplog.text and "more than the 0.0100" in caplog.text
+    caplog.clear()
+    parity._report("f16", Parity(5, 0, 0.001, 0.1, 0.2), spec)
+    assert "distributions differ by 0.2000" in caplog.text and "scores" not in caplog.text
 
 
 def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(
@@ -120,4 +124,4 @@ def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(
 ):
     caplog.set_level(logging.INFO)
     assert check_export(spec, tokenizer, folder, {}, 10**15, records=[]) == {}
-    assert "takes 4000000.0 GB of memory" in caplog.text
+    assert "takes 4000001.0 GB of memory" in caplog.text

@@ -287,6 +287,15 @@ def test_deeply_nested_json_is_a_bad_row_not_a_crash(read):
         read("[" * 100_000)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_columns_may_be_separated_as_spreadsheets_do(tmp_path, separator):
+    file = tmp_path / "rows.csv"
+    lines = [["response", "criteria", "score"], ['"a, b; c"', "Is it clear?", "3"]]
+    file.write_text("\n".join(separator.join(line) for line in lines))
+    (record,) = read_records(file)
+    assert (record.response, record.score) == ("a, b; c", 3)
+
+
 def test_csv_rows_are_named_by_the_line_they_start_on(read):
     text = 'response,score\r\n"two\r\nlines",1\r\n\r\n"two\r\nmore",x\r\nr,1,2\r\nr\r\n'
     with pytest.raises(BadRows) as caught:

@@ -119,6 +119,21 @@ def test_a_run_folder_of_other_settings_is_refused(
     assert "epochs: None there, 3.0 now" in caplog.text
 
 
+def test_a_run_folder_of_other_data_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "scores.csv"
+    options = two_stage.parse(["--data", str(data), "--preset", "quick", "--out", str(tmp_path)])
+    settings = []
+    for text in ("response,score\na,1\n", "response,score\na,2\n"):
+        data.write_text(text)
+        settings.append(two_stage.TwoStage(options)._settings())
+    folder = two_stage.RunFolder(tmp_path, writes=True)
+    folder.open(settings[0])
+    folder.keep_settings()
+    folder.open(settings[0])
+    with pytest.raises(ValueError, match="other settings .data_sha256: .* there, .* now"):
+        folder.open(settings[1])
+
+
 def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("qwen2")
     rows = json.loads((SHARED / "data" / "vicuna_eval.json").read_text())[:8]

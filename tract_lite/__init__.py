@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# At its import it advises a package for inference on CPUs, which `seed.py` rules out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Imported on first use: judging a GGUF file needs no torch, and `import tract_lite` stays fast.
 _HOMES = {

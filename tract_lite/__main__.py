@@ -54,6 +54,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if not args.output.exists():
         raise FileNotFoundError(f"no file {args.output}")
+    if args.output.suffix != ".jsonl":
+        raise ValueError(f"{args.output}: evaluate reads the rows in "
+                         f"{args.output.with_suffix('.jsonl')}")
     rows = read_rows(args.output)
     pairs = [(row.get("score"), row["gold"]) for row in rows if row.get("gold") is not None]
     if not pairs:
@@ -160,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, message = INTERRUPTED, ["stopped; `judge` goes on with the same command"]
     except ModuleNotFoundError as error:
-        code, message = USER_ERROR, [f"{error}: install what requirements.txt lists"]
+        code, message = USER_ERROR, [f"{error}: pip install {error.name}, or all that requirements.txt "
+                                     "lists"]
     except MENDABLE as error:
         # Of many bad rows, the first.
         code, message = USER_ERROR, str(error).splitlines()[:2]

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 NOT_COPIED = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
+# LoRA initialisations that take their start off the seed's weights.
+CHANGES_SEED = ("pissa", "olora", "corda", "loftq")
 # Of each weight, so many rows tell one seed from another.
 COMPARED_ROWS = 16
 
@@ -63,7 +65,7 @@ def copy_other_files(seed_dir: Path, out_dir: Path, untied: bool = False) -> Non
     """
     for file in seed_dir.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
-            shutil.copy(file, out_dir / file.name)
+            shutil.copyfile(file, out_dir / file.name)
     path = out_dir / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
@@ -86,6 +88,11 @@ class Adapter:
                              f"{WEIGHTS_FILE}")
         self.size = (folder / WEIGHTS_FILE).stat().st_size
         self.config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        start = str(self.config.get("init_lora_weights")).lower()
+        if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
+            raise ValueError("the adapter was made with fan_in_fan_out or with an initialisation "
+                             f"that changes the seed ({', '.join(CHANGES_SEED)}), and only plain "
+                             "LoRA on linear layers can be merged")
         self.saved: dict[str, torch.Tensor] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {}
         for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()):
@@ -186,8 +193,8 @@ def _name(seed: str | Path) -> str:
 def _same_weights(folder: Path, other: Path) -> bool:
     """Whether the first rows of all weights that both hold in one shape are the same.
 
-    They are compared in bfloat16, since a copy may be stored in another type; what only one of them
-    holds in 4 bits is left out.
+    They are compared to the precision of bfloat16, since a copy may be stored in another type; what
+    only one of them holds in 4 bits is left out.
     """
     if folder.resolve() == other.resolve():
         return True
@@ -196,7 +203,7 @@ def _same_weights(folder: Path, other: Path) -> bool:
     for name in files.keys() & others.keys():
         rows, other_rows = _first_rows(files[name], name), _first_rows(others[name], name)
         if rows.shape == other_rows.shape:
-            if not torch.equal(rows, other_rows):
+            if not torch.allclose(rows, other_rows, rtol=2**-7, atol=1e-6):
                 return False
             compared += 1
     return compared > 0
@@ -205,4 +212,4 @@ def _same_weights(folder: Path, other: Path) -> bool:
 def _first_rows(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, "pt") as opened:
         rows = opened.get_slice(name)
-        return (rows[:COMPARED_ROWS] if rows.get_shape() else opened.get_tensor(name)).bfloat16()
+        return (rows[:COMPARED_ROWS] if rows.get_shape() else opened.get_tensor(name)).float()

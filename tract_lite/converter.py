@@ -12,12 +12,14 @@ import runpy
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Sequence
 
 from tract_lite.cache import cache_folder
+from tract_lite.disk import work_folder
 from tract_lite.llama import SPEC_KEY, load_model, quiet_llama, spec_of
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
@@ -85,8 +87,16 @@ def run_converter() -> None:
                 self.add_string(SPEC_KEY, spec)
 
     gguf.GGUFWriter = Writer
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed export must not leave a process that goes on filling the disk."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def file_types() -> dict[str, int]:
@@ -107,8 +117,9 @@ def quantize(source: Path, out: Path, name: str) -> None:
     params = llama.llama_model_quantize_default_params()
     params.ftype = file_types()[name]
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)):
-        raise RuntimeError(f"llama.cpp could not quantise to {name} (some types need an importance "
-                           "matrix; q4_k_m, q5_k_m, q6_k and q8_0 do not)")
+        raise RuntimeError(f"llama.cpp could not quantise to {name}: the disk is full, or it is a "
+                           "type that needs an importance matrix (q4_k_m, q5_k_m, q6_k and q8_0 do "
+                           "not)")
 
 
 def read_spec(path: str | Path) -> JudgeSpec | None:
@@ -150,15 +161,15 @@ def _run(command: Sequence[str], **options: Any) -> str:
 
 
 def _fetch_source(release: str, folder: Path) -> None:
-    with TemporaryDirectory(dir=folder.parent) as temporary:
+    with work_folder(folder) as temporary:
         log = _run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary",
-                    "llama-cpp-python", f"llama-cpp-python=={release}", "--dest", temporary])
+                    "llama-cpp-python", f"llama-cpp-python=={release}", "--dest", str(temporary)])
         if log:
             raise RuntimeError("pip could not fetch llama-cpp-python's source with llama.cpp's "
                                "converter: try with a package index in reach, or set LLAMA_CPP_DIR "
                                f"to the vendor/llama.cpp folder of version {release}\n{log}")
-        source = Path(temporary, "source")
-        with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
+        source = temporary / "source"
+        with tarfile.open(next(temporary.glob("*.tar.gz"))) as archive:
             for member in archive:
                 if found := _NEEDED.fullmatch(member.name):
                     member.name = found[1]

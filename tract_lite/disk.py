@@ -39,6 +39,10 @@ def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> I
         yield Path(folder)
 
 
-def holds_judge(folder: Path) -> bool:
-    """Whether a folder is what merging writes: a model with the judge's spec."""
-    return (folder / "config.json").is_file() and (folder / SPEC_FILE).is_file()
+def is_merged_judge(folder: Path) -> bool:
+    """Whether a folder is what merging writes, a model with the judge's spec, and nothing more.
+
+    A GGUF file or a folder inside is somebody's work, which must not go with it.
+    """
+    own = all((folder / name).is_file() for name in ("config.json", SPEC_FILE))
+    return own and not any(path.is_dir() or path.suffix == ".gguf" for path in folder.iterdir())

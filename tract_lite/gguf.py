@@ -12,7 +12,8 @@ from typing import Any, Sequence
 from tract_lite.converter import (
     convert_adapter, convert_model, file_types, quantize, read_spec,
 )
-from tract_lite.disk import holds_judge, work_folder
+from tract_lite.disk import is_merged_judge, work_folder
+from tract_lite.llama import check_gguf
 from tract_lite.parity import check_export, check_vocabulary
 from tract_lite.records import Record
 from tract_lite.spec import SPEC_FILE, JudgeSpec
@@ -43,14 +44,13 @@ def export_gguf(model_dir: str | Path, out: str | Path, quantization: str | Sequ
     """
     model_dir, out = Path(model_dir), Path(out)
     single = isinstance(quantization, str)
-    asked = [quantization] if single else quantization
-    names = list(dict.fromkeys(name.lower() for name in asked))
-    known = file_types()
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown quantization {', '.join(unknown)}; there are {', '.join(known)}")
-    targets = [out if single else out.with_name(f"{out.stem}-{name}{out.suffix}") for name in names]
+    names = _names([quantization] if single else quantization)
+    targets = [out] if single else [_target(out, name) for name in names]
+    if folders := [str(target) for target in targets if target.is_dir()]:
+        raise ValueError(f"{', '.join(folders)} is a folder: name a file")
     if not (cleanup and _was_cleaned_up(model_dir, targets)):
         _check_folder(model_dir)
+        _check_convertible(model_dir)
         if cleanup:
             _check_removable(model_dir, out)
         if spec is None and (model_dir / SPEC_FILE).is_file():
@@ -91,6 +91,8 @@ def export_adapter(adapter_dir: str | Path, seed: str | Path, out: str | Path,
     from tract_lite.adapter import Adapter, copy_other_files, seed_folder
 
     changes, out = Adapter(adapter_dir), Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file")
     spec = spec or JudgeSpec.load(adapter_dir)
     seed_dir = seed_folder(seed, weights=False)
     changes.check_seed(seed, seed_dir)
@@ -135,9 +137,26 @@ def _source(names: Sequence[str]) -> str:
     return exact[0] if exact else "q8_0" if set(names) == {"q8_0"} else "auto"
 
 
+def _names(asked: Sequence[str]) -> list[str]:
+    names, known = list(dict.fromkeys(name.lower() for name in asked)), file_types()
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown quantization {', '.join(unknown)}; there are {', '.join(known)}")
+    if not names:
+        raise ValueError("no quantization is asked for")
+    return names
+
+
+def _target(out: Path, name: str) -> Path:
+    """The file of one type among several; a dot in a name is not always that of a suffix."""
+    stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
+    return out.with_name(f"{stem}-{name}{suffix}")
+
+
 def _check_folder(model_dir: Path) -> None:
     if not (model_dir / "config.json").is_file():
-        raise ValueError(f"{model_dir} is not a model folder: it has no config.json")
+        inside = model_dir / "merged"
+        hint = f"; {inside} is one" if inside.is_dir() else ""
+        raise ValueError(f"{model_dir} is not a model folder: it has no config.json{hint}")
     tokenizer = model_dir / "tokenizer.json"
     if (model_dir / "tokenizer.model").is_file() or not tokenizer.is_file():
         return
@@ -145,6 +164,18 @@ def _check_folder(model_dir: Path) -> None:
     if json.loads(tokenizer.read_text(encoding="utf-8"))["model"].get("byte_fallback"):
         raise ValueError(f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: copy "
                          "that file from the folder of the model it was made from")
+
+
+def _check_convertible(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise ValueError(f"{model_dir} holds quantised weights, which llama.cpp's converter can't "
+                         "read: give the model in 16 bits")
+    if config.get("model_type", "").startswith("gemma") and not config.get(
+            "tie_word_embeddings", True):
+        # Its converter leaves the head out without a word.
+        raise ValueError(f"{model_dir} has untied embeddings, and llama.cpp knows Gemma with tied "
+                         "ones alone: train without lm_head and embed_tokens in modules_to_save")
 
 
 def _tokenizer(folder: Path, spec: JudgeSpec) -> Any:
@@ -163,7 +194,8 @@ def _count_weights(model_dir: Path) -> int:
     for file in model_dir.glob("model*.safetensors"):
         with safe_open(file, "np") as opened:
             count += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())
-    return count
+    # Older folders hold 16 bits a weight in another format.
+    return count or sum(file.stat().st_size for file in model_dir.glob("*.bin")) // 2
 
 
 def _needed_bytes(model_dir: Path, weights: int, names: Sequence[str]) -> int:
@@ -176,16 +208,20 @@ def _needed_bytes(model_dir: Path, weights: int, names: Sequence[str]) -> int:
 
 
 def _check_removable(model_dir: Path, out: Path) -> None:
-    if not holds_judge(model_dir):
-        raise ValueError(f"cleanup removes merged judges alone, and {model_dir} is none: it has no "
-                         f"{SPEC_FILE}")
+    if not is_merged_judge(model_dir):
+        raise ValueError(f"cleanup removes merged judges alone, and {model_dir} is none, or holds "
+                         "GGUF files or folders as well")
     if model_dir.resolve() in out.resolve().parents:
         raise ValueError(f"cleanup would remove {out} with {model_dir}: choose another place")
 
 
 def _was_cleaned_up(model_dir: Path, targets: Sequence[Path]) -> bool:
     """Whether an earlier call has written everything, and maybe was killed while it removed."""
-    return not model_dir.exists() and all(map(Path.is_file, targets))
+    if model_dir.exists() or not all(map(Path.is_file, targets)):
+        return False
+    for target in targets:
+        check_gguf(target)
+    return True
 
 
 def _remove(model_dir: Path) -> None:

@@ -162,7 +162,9 @@ def _write_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> N
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                             for name, value in row.items()})
 
 
 def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:

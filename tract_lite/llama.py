@@ -33,6 +33,10 @@ _complaints: deque[str] = deque(maxlen=20)
 @cache
 def quiet_llama() -> ModuleType:
     """The llama_cpp module, with llama.cpp's words in this package's debug log alone."""
+    # By default OpenMP's threads wait by spinning; beside another busy program that makes
+    # everything many times slower, and alone it gains nothing.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import llama_cpp
 
     @llama_cpp.llama_log_callback
@@ -84,8 +88,9 @@ def load_model(path: str | Path, **params: Any) -> Any:
     _complaints.clear()
     model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        raise ValueError(f"llama.cpp can't read {path}: {_complaint()} (is the file complete, and "
-                         f"of a kind that llama-cpp-python {llama.__version__} knows?)")
+        raise ValueError(f"llama.cpp can't read {path}: {_complaint()} (is the file complete, a "
+                         "model and no adapter, and of a kind that llama-cpp-python "
+                         f"{llama.__version__} knows?)")
     return model
 
 

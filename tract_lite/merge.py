@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from tract_lite.adapter import (
     EMBEDDING, HEAD, Adapter, copy_other_files, seed_folder, weight_files,
 )
-from tract_lite.disk import holds_judge, work_folder
+from tract_lite.disk import is_merged_judge, work_folder
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 
-SHARD_BYTES = 256 * 2**20
+# With its head, a file of several tensors stays below 256 MB.
+SHARD_BYTES = 255 * 10**6
 # The names that safetensors files give to the types of weights.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 QUANTISED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
@@ -46,9 +47,11 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
     """
     if base not in ("4bit", "16bit"):
         raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
-    seed_dir, out_dir = seed_folder(seed), Path(out_dir)
-    if out_dir.exists() and any(out_dir.iterdir()) and not holds_judge(out_dir):
-        raise ValueError(f"{out_dir} is there and is no merged judge: choose another folder")
+    seed_dir, out_dir = seed_folder(seed), Path(out_dir).resolve()
+    if out_dir.exists() and any(out_dir.iterdir()) and (
+            not is_merged_judge(out_dir) or out_dir == seed_dir.resolve()):
+        raise ValueError(f"{out_dir} is there and holds other things than an older merge: choose "
+                         "another folder")
     changes = Adapter(adapter)
     JudgeSpec.load(adapter)
     changes.check_seed(seed, seed_dir)
@@ -65,7 +68,7 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
         in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
         _merge_weights(weights, changes, _quantised(seed_dir) if in_training else (), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
-        shutil.copy(Path(adapter, SPEC_FILE), merged)
+        shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
         if out_dir.exists():
             os.replace(out_dir, folder / "old")
         os.replace(merged, out_dir)

@@ -194,6 +194,8 @@ def _limits(run: _Run) -> list[str]:
     ]
     if run.metrics.get("rows"):
         lines.append("- The metrics are those of one run.")
+    if not run.settings.get("seed_model", True):
+        lines.append("- Its seed model is a toy, made for showing the way.")
     if not run.settings.get("data", True):
         lines.append("- Its data are an example: it is a judge for trying things out.")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -20,10 +21,12 @@ from tract_lite.records import Record, Rubric
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
 
-# Mean difference in score that an exact type may cost on a scale of 1 to 5, and the widest one of
-# Q8_0. What a smaller type costs is for its user to judge.
+# Mean difference in score on a scale of 1 to 5, and mean distance of distributions, that an exact
+# type or Q8_0 may cost. What a smaller type costs is for its user to judge.
 BOUNDS = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 BOUNDS_RANGE = 4
+# Memory beside the weights that a comparison takes, with some to spare.
+SPARE_BYTES = GB
 _REASONING = "The answer is short and clear, but it gives no reason."
 
 logger = logging.getLogger(__name__)
@@ -31,20 +34,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the scores of two judges lie apart, in score units, after the same reasoning ids.
+    """How far two judges lie apart after the same reasoning ids.
 
-    `different_prompts`: records whose prompts have other ids in the two vocabularies.
+    `different_prompts`: records whose prompts have other ids in the two vocabularies. Differences
+    are those of the score, in score units. `mean_distance`: total variation distance (0 to 1)
+    between the distributions over the labels, each normalised to them, on average.
     """
 
     records: int
     different_prompts: int
     mean_difference: float
     largest_difference: float
+    mean_distance: float
 
     def __str__(self) -> str:
         return (f"{self.records} records: {self.different_prompts} prompts with other ids, scores "
                 f"differ by {self.mean_difference:.4f} on average, {self.largest_difference:.4f} "
-                "at most")
+                f"at most, distributions by {self.mean_distance:.4f}")
 
 
 def compare(judge: Judge, other: Judge, records: Sequence[Record],
@@ -57,17 +63,25 @@ def compare(judge: Judge, other: Judge, records: Sequence[Record],
     judged = [(record, given) for record, given in zip(records, judgements) if not given.error]
     asked = [record for record, _ in judged]
     reread = other.score_many(asked, reasonings=[given.feedback_ids for _, given in judged])
-    differences = [abs(again.score - given.score)
-                   for again, (_, given) in zip(reread, judged) if not again.error]
-    if not differences:
+    both = [(again, given) for again, (_, given) in zip(reread, judged) if not again.error]
+    if not both:
         raise ValueError("no record was judged by both judges")
+    differences = [abs(again.score - given.score) for again, given in both]
+    distances = [_distance(again, given) for again, given in both]
     different_prompts = sum(
         prompt_ids(record, judge.spec, judge.engine.vocabulary)
         != prompt_ids(record, other.spec, other.engine.vocabulary)
         for record in asked
     )
-    return Parity(len(differences), different_prompts,
-                  float(np.mean(differences)), float(np.max(differences)))
+    return Parity(len(both), different_prompts, float(np.mean(differences)),
+                  float(np.max(differences)), float(np.mean(distances)))
+
+
+def _distance(one: Judgement, other: Judgement) -> float:
+    """Total variation distance between the distributions, normalised to the labels."""
+    return sum(abs(share / (one.mass or math.nan) - other.probabilities[label]
+                   / (other.mass or math.nan))
+               for label, share in one.probabilities.items()) / 2
 
 
 def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
@@ -137,8 +151,8 @@ def check_vocabulary(spec: JudgeSpec, tokenizer: Any, file: Path,
         check_ids(spec, tokenizer, GGUFVocabulary(model), records)
     finally:
         quiet_llama().llama_model_free(model)
-    logger.info("parity: %s: the ids of %d prompts, marker, labels and special tokens are the same "
-                "in transformers and llama.cpp", file.stem, len(records))
+    _show(f"parity: {file.stem}: the ids of {len(records)} prompts, marker, labels and special "
+          "tokens are the same in transformers and llama.cpp")
     return list(records)
 
 
@@ -155,10 +169,10 @@ def check_export(spec: JudgeSpec, tokenizer: Any, folder: Path, files: Mapping[s
         RuntimeError: ids differ; says where.
     """
     taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
-    needed, free = 4 * weights, _free_memory()
+    needed, free = 4 * weights + SPARE_BYTES, _free_memory()
     if needed > free:
-        logger.info("parity: scores are not compared, as transformers takes %.1f GB of memory for "
-                    "that and %.1f GB are free", needed / GB, free / GB)
+        _show(f"parity: scores are not compared, as transformers takes {needed / GB:.1f} GB of "
+              f"memory for that and {free / GB:.1f} GB are free")
         return {}
     return _compare_scores(spec, folder, files, taken[0])
 
@@ -174,7 +188,7 @@ def _compare_scores(spec: JudgeSpec, folder: Path, files: Mapping[str, Path],
         ids = reference.engine.vocabulary.encode(_REASONING)
         judged = list(reference.score_many(records, reasonings=[[ids]] * len(records)))
         if all(judgement.error for judgement in judged):
-            logger.info("parity: scores are not compared: %s", judged[0].error)
+            _show(f"parity: scores are not compared: {judged[0].error}")
             return {}
         for name, file in files.items():
             with Judge.from_gguf(file, spec, parallel=1) as judge:
@@ -184,13 +198,23 @@ def _compare_scores(spec: JudgeSpec, folder: Path, files: Mapping[str, Path],
 
 
 def _report(name: str, parity: Parity, spec: JudgeSpec) -> None:
-    logger.info("parity: %s: %s", name, parity)
-    values = spec.scale.values
-    bound = BOUNDS.get(name, math.inf) * (max(values) - min(values)) / BOUNDS_RANGE
-    if not parity.mean_difference <= bound:
-        logger.warning("%s: scores differ by %.4f from those of transformers, more than the %.4f "
-                       "that this type should cost: compare both on your own records", name,
-                       parity.mean_difference, bound)
+    _show(f"parity: {name}: {parity}")
+    values, bound = spec.scale.values, BOUNDS.get(name, math.inf)
+    wide = bound * (max(values) - min(values)) / BOUNDS_RANGE
+    for what, got, limit in (("scores", parity.mean_difference, wide),
+                             ("distributions", parity.mean_distance, bound)):
+        if not got <= limit:
+            logger.warning("%s: %s differ by %.4f from those of transformers, more than the %.4f "
+                           "that this type should cost: compare both on your own records", name,
+                           what, got, limit)
+
+
+def _show(text: str) -> None:
+    """Figures are printed where no log takes them."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", text)
+    else:
+        print(text, file=sys.stderr)
 
 
 def _free_memory() -> int:

@@ -103,7 +103,7 @@ def render(record: Record, spec: JudgeSpec) -> str:
             reference=record.reference, marker=spec.marker, labels=spec.scale.labels,
         )
     except UndefinedError as error:
-        missing = "a rubric" if record.rubric is None else error
+        missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
         raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
 
 

@@ -82,7 +82,7 @@ class BadRows(ValueError):
 
     def __init__(self, source: str, rows: Sequence[str]):
         shown = [*rows[:20], "..."] if len(rows) > 20 else rows
-        summary = f"{source}: unusable rows: {len(rows)}; skip_bad=True or --skip-bad omits them"
+        summary = f"{source}: unusable rows: {len(rows)}; skip_bad=True or --skip-bad omits them;"
         super().__init__("\n  ".join([summary, *shown]))
         self.rows = list(rows)
 

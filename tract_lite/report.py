@@ -14,7 +14,7 @@ from tract_lite.jsonl import read_rows
 from tract_lite.metrics import WITH_INTERVAL, format_table
 
 REPORT_FILE, FIGURE_FILE = "report.md", "report.png"
-STAGES = {"stage1": ("stage 1: expert reasonings", "#3b6fb6"),
+STAGES = {"stage1": ("stage 1: first reasonings", "#3b6fb6"),
           "stage2": ("stage 2: own reasonings", "#d9822b")}
 TERMS = {"ce": "cross-entropy per token", "raft": "squared error of the score"}
 INK, FAINT, ITEMS = "#333333", "#d8d8d8", "#2f7f79"
@@ -91,8 +91,15 @@ def _list(values: Mapping[str, Any]) -> str:
     """A markdown list; what is nested stands there as JSON."""
     return "\n".join(
         f"- {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
-        for name, value in values.items()
+        for name, value in _rounded(values).items()
     )
+
+
+def _rounded(value: Any) -> Any:
+    """With four digits of every figure."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _draw(logs: Mapping[str, Sequence[Mapping[str, float]]],
@@ -125,7 +132,9 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
                         markersize=4)
                 title = f"{TERMS[term]} (dashed: validation)"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
+        ax.margins(y=0.1)
         ax.set_ylim(bottom=0)
+        ax.set_xlim(left=0)
         _tidy(ax)
     axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     axes[0].tick_params(labelbottom=False)

@@ -103,8 +103,6 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int,
 def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    # At its import it advises a package for CPU inference, which `support_...` below rules out.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(name)
     config = AutoConfig.from_pretrained(name)
     options: dict[str, Any] = {"dtype": dtype}

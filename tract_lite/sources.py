@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable, Iterator, TextIO
 
@@ -23,7 +24,8 @@ def read_rows(source: str, format: str, split: str | None) -> Rows:
     if format == "hub":
         rows = _read_hub(source, split or "train")
     elif source != "-" and not Path(source).exists():
-        raise FileNotFoundError(f"no file {source}; if it is a data set on the hub: format='hub'")
+        hint = "" if format in _READERS else "; if it is a data set on the hub: --format hub"
+        raise FileNotFoundError(f"no file {source}{hint}")
     elif format not in _READERS:
         raise ValueError(f"{source}: format must be {', '.join(_READERS)} or hub, got {format!r}")
     elif split is not None:
@@ -80,7 +82,10 @@ def _read_json(source: str) -> Rows:
 def _read_csv(source: str) -> Rows:
     csv.field_size_limit(2**31 - 1)
     with _open(source) as file:
-        reader = csv.reader(file, strict=True)
+        # Spreadsheets separate by what their country does.
+        first = file.readline()
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.reader(chain([first], file), strict=True, delimiter=delimiter)
         header = next(reader, [])
         start = reader.line_num + 1
         for values in reader:

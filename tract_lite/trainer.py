@@ -12,7 +12,10 @@ from typing import Any, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    EvalPrediction, ProgressCallback, Trainer, TrainerCallback, TrainingArguments,
+)
 
 from tract_lite.encode import Example, LengthGroupedSampler, collate
 from tract_lite.jsonl import write_json
@@ -25,6 +28,8 @@ from tract_lite.spec import JudgeSpec
 logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "complete.json"
+# Of the log, what is shown while training; `stage.json` has the rest.
+SHOWN_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens_per_second")
 
 
 class CotRaftTrainer(Trainer):
@@ -48,6 +53,8 @@ class CotRaftTrainer(Trainer):
             data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
             callbacks=[_MarkComplete()],
         )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_ShowFigures())
         # Our loss divides by the counts of the step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self._head = lm_head_weight(model)
@@ -185,6 +192,15 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class _ShowFigures(ProgressCallback):
+    """Above the progress bar, a line for each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        figures = [f"{name} {logs[name]:.4g}" for name in SHOWN_FIGURES if name in logs]
+        if figures and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step}: {', '.join(figures)}", file=sys.stderr)
 
 
 class _MarkComplete(TrainerCallback):
