@@ -22,8 +22,8 @@ PLATFORMS: dict[str, dict[str, str]] = {
     "colab": {
         "platform": "Colab",
         "gpu_menu": "*Runtime*, *Change runtime type*, *T4 GPU*",
-        "upload": " (upload it with the folder symbol on the left and write `/content/NAME.csv`, or give "
-                  "its path on Drive)",
+        "upload": " (upload it with the folder symbol on the left and write `/content/NAME.csv`, "
+                  "or give its path on Drive)",
         "kept": "/content/drive/MyDrive",
         "kept_words": " on Drive, which survives the session",
     },

@@ -28,7 +28,8 @@ T4_BYTES = 20e9
 class Preset:
     """`max_items` is chosen so that a run ends overnight, `validation` of them at most are not
     trained on; `held_out` items are kept for judging, `gguf_items` of them are judged with each
-    GGUF file, `gguf_parallel` sequences at once (by the memory that they take). No `data`: the built-in example; no `seed_model`: a toy one, made for the data."""
+    GGUF file, `gguf_parallel` sequences at once (by the memory that they take). No `data`: the
+    built-in example; no `seed_model`: a toy one, made for the data."""
 
     training: TrainSettings
     data: str | None

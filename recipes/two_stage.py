@@ -40,8 +40,8 @@ from own_data import read_own_data
 from presets import Options, parse, preset_for
 from run_folder import RunFolder
 from tract_lite import (
-    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, evaluate, export_adapter,
-    export_gguf, generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
+    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, export_adapter, export_gguf,
+    generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
 )
 from tract_lite.estimate import run_seconds
 from tract_lite.jsonl import replacing, write_json, write_rows

@@ -172,6 +172,16 @@ def test_the_files_named_in_the_readme_exist() -> None:
         assert all((ROOT / first).with_name(Path(name).name).is_file() for name in [first, *others])
 
 
+def test_the_readmes_table_is_that_of_the_demo(demo_run: Path) -> None:
+    rows = re.findall(r"^\| ([^|]+) \| (0\.\d+) \| (0\.\d+) \|$", README.read_text(), re.MULTILINE)
+    measured = json.loads((demo_run / "metrics.json").read_text())["rows"]
+    assert len(rows) == 6
+    for name, pearson, rmse in rows:
+        # "Some hundredths" between processors.
+        assert abs(measured[name]["pearson"] - float(pearson)) < 0.06, name
+        assert abs(measured[name]["rmse"] - float(rmse)) < 0.06, name
+
+
 def test_the_page_on_run_folders_explains_every_file_and_number(demo_run: Path) -> None:
     page = (DOCS / "run_folder.md").read_text(encoding="utf-8")
     for path in demo_run.iterdir():

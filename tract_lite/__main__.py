@@ -163,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, message = INTERRUPTED, ["stopped; `judge` goes on with the same command"]
     except ModuleNotFoundError as error:
-        code, message = USER_ERROR, [f"{error}: pip install {error.name}, or all that requirements.txt "
-                                     "lists"]
+        code, message = USER_ERROR, [f"{error}: pip install {error.name}, or all that "
+                                     "requirements.txt lists"]
     except MENDABLE as error:
         # Of many bad rows, the first.
         code, message = USER_ERROR, str(error).splitlines()[:2]

@@ -107,7 +107,7 @@ def spec_of(model: Any) -> JudgeSpec | None:
 
 
 def spec_in(get_value: Callable[..., int], holder: Any) -> JudgeSpec | None:
-    """The judge's spec in the metadata of a model or an adapter, read by llama.cpp's `get_value`."""
+    """The judge's spec in the metadata of a model or adapter, read by llama.cpp's `get_value`."""
     key = SPEC_KEY.encode()
     length = get_value(holder, key, None, 0)
     if length < 0:

@@ -36,9 +36,10 @@ def merge_adapter(seed: str | Path, adapter: str | Path, out_dir: str | Path, *,
 
     `seed`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
     the weights as the adapter met them in training: dequantised where they are there in 4 bits,
-    and quantised before that where the whole seed is in 16. "16bit" adds to the seed's own. Tensors keep the type of the seed's files. Tokenizer files are copied as they are,
-    the judge's spec too. Memory holds one tensor at a time; files have 256 MB or one tensor.
-    An older merge in `out_dir` is replaced, at once and by a whole one alone.
+    and quantised before that where the whole seed is in 16. "16bit" adds to the seed's own. Tensors
+    keep the type of the seed's files. Tokenizer files are copied as they are, the judge's spec too.
+    Memory holds one tensor at a time; files have 256 MB or one tensor. An older merge in `out_dir`
+    is replaced, at once and by a whole one alone.
 
     Raises:
         ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't be

@@ -16,9 +16,9 @@ class TrainSettings:
     `learning_rate` None: 1e-5 as in the paper, or 2e-4 for a run of fewer than 3,000 steps.
     `batch_size` counts the sequences of one optimiser step, over all processes;
     `micro_batch_size` those that a process computes at once. `max_steps` ends a stage before its
-    epochs do. `optimizer` is a name of transformers, such as "paged_adamw_8bit";
-    `max_grad_norm` 0 clips nothing. Every `save_every` steps, and at the end, a checkpoint is written and the validation
-    records are scored.
+    epochs do. `optimizer` is a name of transformers, such as "paged_adamw_8bit"; `max_grad_norm` 0
+    clips nothing. Every `save_every` steps, and at the end, a checkpoint is written and the
+    validation records are scored.
 
     Raises:
         ValueError: `batch_size` is no multiple of `micro_batch_size`.

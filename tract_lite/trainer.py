@@ -1,4 +1,4 @@
-"""transformers' Trainer with the CoT-RAFT loss, scaled by the counts of the whole optimiser step."""
+"""transformers' Trainer with the CoT-RAFT loss, scaled by the counts of the optimiser step."""
 
 from __future__ import annotations
 
