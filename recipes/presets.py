@@ -73,7 +73,7 @@ PRESETS = {
 
 DEMO_ON_OWN_DATA = replace(
     PRESETS["demo"],
-    training=TrainSettings(micro_batch_size=4, learning_rate=6e-3),
+    training=TrainSettings(micro_batch_size=4, learning_rate=6e-3, log_every=2),
     max_items=1000, held_out=20, gguf_items=20, max_length=4096, max_new_tokens=384, batch_size=32,
 )
 

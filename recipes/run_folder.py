@@ -28,13 +28,12 @@ class RunFolder:
         file, self._settings = self.path / "settings.json", json.loads(json.dumps(settings))
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
-            names = sorted(name for name in there.keys() | self._settings.keys()
-                           if there.get(name) != self._settings.get(name))
-            if names:
-                raise ValueError(
-                    f"{self.path} holds a run with other settings (" + ", ".join(
-                        f"{name}: {there.get(name)} there, {self._settings.get(name)} now"
-                        for name in names) + "): choose another --out")
+            other = ", ".join(f"{name}: {there.get(name)} there, {self._settings.get(name)} now"
+                              for name in sorted(there.keys() | self._settings.keys())
+                              if there.get(name) != self._settings.get(name))
+            if other:
+                raise ValueError(f"{self.path} holds a run with other settings ({other}): choose "
+                                 "another --out")
         logger.info("run folder %s, preset %s", self.path, settings["preset"])
 
     def keep_settings(self) -> None:

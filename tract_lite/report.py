@@ -132,8 +132,8 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
                         markersize=4)
                 title = f"{TERMS[term]} (dashed: validation)"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
-        ax.margins(y=0.1)
-        ax.set_ylim(bottom=0)
+        highest = max((max(line.get_ydata()) for line in ax.lines), default=0)
+        ax.set_ylim(0, 1.1 * highest or 1)
         ax.set_xlim(left=0)
         _tidy(ax)
     axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
