@@ -41,9 +41,9 @@ def judge(args: argparse.Namespace) -> None:
     if failures and len(failures) == len(records):
         raise RuntimeError(f"none of the {len(records)} items could be judged; the first: "
                            f"{failures[0]}")
-    first = f" (the first: {failures[0]})" if failures else ""
-    print(f"{output.path}: {len(todo)} judged, {len(failures)} of them failed{first}, "
-          f"{len(records) - len(todo)} were there already")
+    first = f"; the first failure: {failures[0]}" if failures else ""
+    print(f"{output.path}: {len(todo)} judged, {len(failures)} of them failed, "
+          f"{len(records) - len(todo)} were there already{first}")
 
 
 def _rows(model: Judge, records: Sequence[Record], args: argparse.Namespace,

@@ -162,9 +162,7 @@ def _write_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> N
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                             for name, value in row.items()})
+        writer.writerows(rows)
 
 
 def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:
