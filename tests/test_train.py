@@ -304,7 +304,7 @@ from safetensors.torch import save_file
 from test_train import descend, trained_weights
 trainer = descend(Path({seed!r}), Path({out!r}), micro_batch_size=2)
 # At once: the other process writes to the same place.
-print(f"processes: {trainer.accelerator.num_processes}\\n", end="", flush=True)
+sys.stdout.write("processes: %d\\n" % trainer.accelerator.num_processes)
 if trainer.is_world_process_zero():
     save_file(trained_weights(trainer.model), Path({out!r}) / "weights.safetensors")
     log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_rmse" in entry]
