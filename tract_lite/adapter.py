@@ -203,7 +203,7 @@ def _same_weights(folder: Path, other: Path) -> bool:
     for name in files.keys() & others.keys():
         rows, other_rows = _first_rows(files[name], name), _first_rows(others[name], name)
         if rows.shape == other_rows.shape:
-            if not torch.allclose(rows, other_rows, rtol=2**-7, atol=1e-6):
+            if not torch.allclose(rows, other_rows, rtol=2**-8, atol=1e-6):
                 return False
             compared += 1
     return compared > 0

@@ -16,10 +16,10 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Sequence
 
 from tract_lite.cache import cache_folder
-from tract_lite.disk import work_folder
 from tract_lite.llama import SPEC_KEY, load_model, quiet_llama, spec_of
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
@@ -161,15 +161,15 @@ def _run(command: Sequence[str], **options: Any) -> str:
 
 
 def _fetch_source(release: str, folder: Path) -> None:
-    with work_folder(folder) as temporary:
+    with TemporaryDirectory(dir=folder.parent) as temporary:
         log = _run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary",
-                    "llama-cpp-python", f"llama-cpp-python=={release}", "--dest", str(temporary)])
+                    "llama-cpp-python", f"llama-cpp-python=={release}", "--dest", temporary])
         if log:
             raise RuntimeError("pip could not fetch llama-cpp-python's source with llama.cpp's "
                                "converter: try with a package index in reach, or set LLAMA_CPP_DIR "
                                f"to the vendor/llama.cpp folder of version {release}\n{log}")
-        source = temporary / "source"
-        with tarfile.open(next(temporary.glob("*.tar.gz"))) as archive:
+        source = Path(temporary, "source")
+        with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
             for member in archive:
                 if found := _NEEDED.fullmatch(member.name):
                     member.name = found[1]

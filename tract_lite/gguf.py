@@ -169,9 +169,9 @@ def _check_folder(model_dir: Path) -> None:
 
 def _check_convertible(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise ValueError(f"{model_dir} holds quantised weights, which llama.cpp's converter can't "
-                         "read: give the model in 16 bits")
+    if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        raise ValueError(f"{model_dir} holds weights in bitsandbytes' 4 or 8 bits, which llama.cpp's "
+                         "converter can't read: give the model in 16 bits")
     if config.get("model_type", "").startswith("gemma") and not config.get(
             "tie_word_embeddings", True):
         # Its converter leaves the head out without a word.
