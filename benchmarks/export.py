@@ -33,12 +33,24 @@ QUANTIZATION = "q4_k_m"
 SHARDS = 3
 PLAIN, OURS = "plain: load all, merge_and_unload", "merge_adapter"
 SHAPE = {
-    "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    "max_position_embeddings": 131_072, "tie_word_embeddings": True,
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
 }
-SMALLEST = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512,
-            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALLEST = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 # Samples the peak from outside, so that a call that holds the interpreter hides nothing.
 SAMPLER = """
 import select, sys
@@ -81,8 +93,9 @@ def make_seed(folder: str, shape: dict[str, Any]) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     seed, adapter = Path(folder, "seed"), Path(folder, "adapter")
-    config = LlamaConfig(**shape, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-                         architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config = LlamaConfig(
+        **shape, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    )
     config.save_pretrained(seed)
     write_vocabulary(seed)
     with torch.device("meta"):
@@ -102,8 +115,7 @@ def make_seed(folder: str, shape: dict[str, Any]) -> dict:
                 pairs[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(8, columns) / 50
                 pairs[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 8) / 50
         save_file(shard, seed / where[name], {"format": "pt"})
-    (seed / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where}))
+    (seed / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     write_adapter(adapter, seed, pairs)
     return {"weights": sum(math.prod(shape) for shape in shapes.values())}
 
@@ -113,12 +125,27 @@ def write_vocabulary(folder: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        input=__file__, model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=500,
-        byte_fallback=True, split_digits=True, hard_vocab_limit=False, minloglevel=2,
+        input=__file__,
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "add_bos_token": True,
+                "legacy": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
 
 
 def write_adapter(folder: Path, seed: Path, pairs: dict[str, Any]) -> None:
@@ -127,8 +154,8 @@ def write_adapter(folder: Path, seed: Path, pairs: dict[str, Any]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from tract_lite.prompt import make_spec
     from tract_lite.scale import ScoreScale
+    from tract_lite.spec import make_spec
 
     targets = sorted({key.split(".")[-3] for key in pairs})
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
@@ -157,8 +184,8 @@ def export(way: str, folder: str, whole: bool) -> dict:
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    from tract_lite.gguf import export_gguf
-    from tract_lite.merge import merge_adapter
+    from tract_lite.export.gguf import export_gguf
+    from tract_lite.export.merge import merge_adapter
 
     seed, adapter, out = Path(folder, "seed"), Path(folder, "adapter"), Path(folder, "merged")
     start = time.perf_counter()
@@ -190,8 +217,7 @@ class Comparison:
         """Run and print everything."""
         made = in_child(__file__, {"job": "seed", "folder": str(self.folder), "shape": self.shape})
         check(made)
-        print(f"{made['weights'] / 1e9:.2f} billion weights in bfloat16, {SHARDS} shards, "
-              f"{QUANTIZATION}")
+        print(f"{made['weights'] / 1e9:.2f} billion weights in bfloat16, {SHARDS} shards, {QUANTIZATION}")
         print(f"{measure.machine('torch', 'transformers', 'peft', 'safetensors')}\n")
         runs: dict[str, list[dict]] = {PLAIN: [], OURS: []}
         for _ in range(self.repeats):
@@ -203,8 +229,7 @@ class Comparison:
 
     def run(self, way: str, folder: Path, whole: bool) -> dict:
         """The figures of one way, in a process of its own."""
-        return check(in_child(
-            __file__, {"job": "export", "way": way, "folder": str(folder), "whole": whole}))
+        return check(in_child(__file__, {"job": "export", "way": way, "folder": str(folder), "whole": whole}))
 
     def time_and_memory(self, plain: dict, ours: dict) -> str:
         """Both ways side by side."""
@@ -212,13 +237,31 @@ class Comparison:
         for name, run in ((PLAIN, plain), (OURS, ours)):
             bars = (TIME_BAR, WHOLE_BAR, MEMORY_BAR) if run is ours else (None, None, None)
             whole, plain_whole = run["merge"] + run["rest"], plain["merge"] + plain["rest"]
-            rows.append([
-                name, f"{run['merge']:.1f}", ratio(run["merge"], plain["merge"], bars[0]),
-                f"{run['rest']:.1f}", f"{whole:.1f}", ratio(whole, plain_whole, bars[1]),
-                f"{run['bytes'] / MB:,.0f}", ratio(run["bytes"], plain["bytes"], bars[2]),
-            ])
-        return table(["merge and export", "merge, s", "of plain", "convert and quantise, s",
-                      "whole, s", "of plain", "merge, peak MB", "of plain"], rows)
+            rows.append(
+                [
+                    name,
+                    f"{run['merge']:.1f}",
+                    ratio(run["merge"], plain["merge"], bars[0]),
+                    f"{run['rest']:.1f}",
+                    f"{whole:.1f}",
+                    ratio(whole, plain_whole, bars[1]),
+                    f"{run['bytes'] / MB:,.0f}",
+                    ratio(run["bytes"], plain["bytes"], bars[2]),
+                ]
+            )
+        return table(
+            [
+                "merge and export",
+                "merge, s",
+                "of plain",
+                "convert and quantise, s",
+                "whole, s",
+                "of plain",
+                "merge, peak MB",
+                "of plain",
+            ],
+            rows,
+        )
 
     def growth(self, held: int) -> str:
         """The peak of our merge with twice the layers beside `held`, the one with as many."""
@@ -228,8 +271,10 @@ class Comparison:
         check(in_child(__file__, {"job": "seed", "folder": str(folder), "shape": double}))
         runs = [self.run(OURS, folder, whole=False) for _ in range(self.repeats)]
         larger = summary(runs)["bytes"]
-        rows = [[str(layers), f"{held / MB:,.0f}", ""],
-                [str(2 * layers), f"{larger / MB:,.0f}", ratio(larger, held, GROWTH_BAR)]]
+        rows = [
+            [str(layers), f"{held / MB:,.0f}", ""],
+            [str(2 * layers), f"{larger / MB:,.0f}", ratio(larger, held, GROWTH_BAR)],
+        ]
         return table(["layers", f"{OURS}, peak MB", "of half the layers"], rows)
 
 

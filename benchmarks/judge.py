@@ -28,13 +28,12 @@ import measure
 import numpy as np
 from measure import MB, in_child, table, verdict
 
-from tract_lite.cache import cache_folder
-from tract_lite.converter import read_spec
-from tract_lite.engine import LlamaEngine, default_parallel
-from tract_lite.gguf import export_gguf
-from tract_lite.llama import REPACK, system_info, usable_cpus
+from tract_lite.data.files import cache_folder
+from tract_lite.engines.llama import LlamaEngine, default_parallel
+from tract_lite.engines.llama_cpp import REPACK, read_spec, system_info, usable_cpus
+from tract_lite.engines.task import Task
+from tract_lite.export.gguf import export_gguf
 from tract_lite.rail import label_log_probabilities
-from tract_lite.sampling import Task
 from tract_lite.spec import MARKER, JudgeSpec
 
 # Logits spread so far make distributions about as peaked as those of text: a nucleus of 0.9 holds
@@ -110,18 +109,24 @@ def make_model(shape: dict[str, int], path: str) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tract_lite.prompt import make_spec
     from tract_lite.scale import ScoreScale
+    from tract_lite.spec import make_spec
 
     shape = Shape(**shape)
     with TemporaryDirectory(dir=Path(path).parent) as folder:
         _write_vocabulary(Path(folder))
         config = LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=8192, initializer_range=INITIAL_SPREAD,
-            tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=8192,
+            initializer_range=INITIAL_SPREAD,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
             rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         )
         torch.manual_seed(0)
@@ -141,14 +146,27 @@ def _write_vocabulary(folder: Path) -> None:
 
     text = Path(__file__).read_text().splitlines() + 20 * [f"{MARKER} {n}" for n in range(10)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=600,
-        model_type="bpe", byte_fallback=True, split_digits=True, hard_vocab_limit=False,
+        sentence_iterator=iter(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        hard_vocab_limit=False,
         minloglevel=2,
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-    }))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": False,
+                "add_bos_token": True,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
 
 
 def make_tasks(way: Way, lengths: Lengths, vocabulary: int, items: int) -> list[Task]:
@@ -163,21 +181,28 @@ def make_tasks(way: Way, lengths: Lengths, vocabulary: int, items: int) -> list[
     return tasks
 
 
-def judge(way: dict[str, Any], lengths: dict[str, int], vocabulary: int, path: str, items: int,
-          threads: int, parallel: int) -> dict[str, Any]:
+def judge(
+    way: dict[str, Any], lengths: dict[str, int], vocabulary: int, path: str, items: int, threads: int, parallel: int
+) -> dict[str, Any]:
     """Judge some items one way: seconds, peak memory, tokens written, the sizes of buffers."""
     way, lengths = Way(**way), Lengths(**lengths)
     buffers = _record_buffers()
     spec = read_spec(path)
     spec = replace(spec, sampling=replace(spec.sampling, max_new_tokens=lengths.reasoning))
     run = {"ours": _ours, "plain": _plain, "logprobs": _logprobs}[way.function](
-        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack)
+        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack
+    )
     tasks = make_tasks(way, lengths, vocabulary, items)
     run([Task([1, FIRST_ID], [0])])
     start = time.perf_counter()
     written = run(tasks)
-    return {"seconds": time.perf_counter() - start, "written": statistics.mean(written),
-            "peak": measure.peak_memory(), "file": Path(path).stat().st_size, "buffers": buffers}
+    return {
+        "seconds": time.perf_counter() - start,
+        "written": statistics.mean(written),
+        "peak": measure.peak_memory(),
+        "file": Path(path).stat().st_size,
+        "buffers": buffers,
+    }
 
 
 def _record_buffers() -> dict[str, float]:
@@ -195,12 +220,9 @@ def _record_buffers() -> dict[str, float]:
     return buffers
 
 
-def _ours(path: str, spec: JudgeSpec, length: int, threads: int, parallel: int,
-          repack: bool | None) -> Judging:
-    engine = LlamaEngine(path, spec, context_length=length, threads=threads, parallel=parallel,
-                         repack=repack)
-    return lambda tasks: [
-        len(sample.reasoning) for _, samples in engine.run(tasks) for sample in samples]
+def _ours(path: str, spec: JudgeSpec, length: int, threads: int, parallel: int, repack: bool | None) -> Judging:
+    engine = LlamaEngine(path, spec, context_length=length, threads=threads, parallel=parallel, repack=repack)
+    return lambda tasks: [len(sample.reasoning) for _, samples in engine.run(tasks) for sample in samples]
 
 
 def _plain(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> Judging:
@@ -212,8 +234,7 @@ def _plain(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> J
         for task in tasks:
             for seed in task.seeds:
                 llama.set_seed(seed)
-                sampled = llama.generate(list(task.prompt), temp=spec.sampling.temperature,
-                                         **_rule(spec))
+                sampled = llama.generate(list(task.prompt), temp=spec.sampling.temperature, **_rule(spec))
                 reasoning = list(islice(sampled, spec.sampling.max_new_tokens))
                 llama.eval([reasoning[-1], *spec.marker_ids])
                 logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), (llama.n_vocab(),))
@@ -232,8 +253,12 @@ def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -
         written = []
         for task in tasks:
             reasoning = llama.create_completion(
-                list(task.prompt), max_tokens=spec.sampling.max_new_tokens, seed=task.seeds[0],
-                temperature=spec.sampling.temperature, **_rule(spec))
+                list(task.prompt),
+                max_tokens=spec.sampling.max_new_tokens,
+                seed=task.seeds[0],
+                temperature=spec.sampling.temperature,
+                **_rule(spec),
+            )
             read = llama.input_ids[: llama.n_tokens].tolist()
             llama.create_completion([*read, *spec.marker_ids], max_tokens=1, logprobs=5)
             written.append(reasoning["usage"]["completion_tokens"])
@@ -245,13 +270,19 @@ def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -
 def _open_llama(path: str, length: int, threads: int, spec: JudgeSpec, **options: Any) -> Any:
     from llama_cpp import Llama
 
-    return Llama(path, n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False,
-                 last_n_tokens_size=spec.sampling.max_new_tokens, **options)
+    return Llama(
+        path,
+        n_ctx=length,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+        last_n_tokens_size=spec.sampling.max_new_tokens,
+        **options,
+    )
 
 
 def _rule(spec: JudgeSpec) -> dict[str, float]:
-    return {"top_p": spec.sampling.top_p, "top_k": 0, "min_p": 0.0,
-            "repeat_penalty": spec.sampling.repetition_penalty}
+    return {"top_p": spec.sampling.top_p, "top_k": 0, "min_p": 0.0, "repeat_penalty": spec.sampling.repetition_penalty}
 
 
 def child(job: str, **arguments: Any) -> dict[str, Any]:
@@ -268,8 +299,7 @@ class Comparison:
             self.lengths = Lengths(80, 48, 8)
             options.parallel = options.parallel or 8
         self.threads = options.threads
-        self.parallel = options.parallel or default_parallel(
-            self.lengths.all, self.shape.token_bytes)
+        self.parallel = options.parallel or default_parallel(self.lengths.all, self.shape.token_bytes)
         self.failures: list[str] = []
 
     def show(self) -> None:
@@ -277,11 +307,14 @@ class Comparison:
         print(f"{measure.machine('llama_cpp_python', 'numpy')}, {self.threads} threads")
         print(f"{system_info().strip()}\n")
         path = self.model()
-        print(f"{path}: {path.stat().st_size / MB:,.0f} MB, hidden size {shape.hidden:,}, "
-              f"{shape.layers} layers, vocabulary {shape.vocabulary:,}\n"
-              f"prompts of {lengths.prompt:,} tokens, reasonings of {lengths.reasoning}, "
-              f"{self.parallel} sequences at once; the bars are for the default sizes on two "
-              "cores\n", flush=True)
+        print(
+            f"{path}: {path.stat().st_size / MB:,.0f} MB, hidden size {shape.hidden:,}, "
+            f"{shape.layers} layers, vocabulary {shape.vocabulary:,}\n"
+            f"prompts of {lengths.prompt:,} tokens, reasonings of {lengths.reasoning}, "
+            f"{self.parallel} sequences at once; the bars are for the default sizes on two "
+            "cores\n",
+            flush=True,
+        )
         results = {way: self.measure(way, path) for way in WAYS}
         print(f"\n{self.speed_table(results)}")
         print(f"\nMemory in MB; at most {MEMORY_ALLOWANCE / MB:g} more than the parts named\n")
@@ -301,11 +334,19 @@ class Comparison:
         return path
 
     def measure(self, way: Way, path: Path) -> dict[str, Any]:
-        result = in_child(__file__, {
-            "job": "judge", "way": asdict(way), "lengths": asdict(self.lengths),
-            "vocabulary": self.shape.vocabulary, "path": str(path), "items": self.items(way),
-            "threads": self.threads, "parallel": self.parallel,
-        })
+        result = in_child(
+            __file__,
+            {
+                "job": "judge",
+                "way": asdict(way),
+                "lengths": asdict(self.lengths),
+                "vocabulary": self.shape.vocabulary,
+                "path": str(path),
+                "items": self.items(way),
+                "threads": self.threads,
+                "parallel": self.parallel,
+            },
+        )
         if "error" in result:
             self.failures.append(f"{way.name}: {result['error']}")
             return {}
@@ -325,13 +366,18 @@ class Comparison:
                 rows.append([way.name, str(way.n_cot), "failed", *[""] * 4])
                 continue
             plain = results[PLAIN if way.n_cot == 1 else PLAIN_8].get("speed")
-            rows.append([
-                way.name, str(way.n_cot), str(self.items(way)), f"{result['written']:.0f}",
-                f"{result['speed']:.2f}", _times(result["speed"], plain, way.bar),
-                f"{result['peak'] / MB:,.0f}",
-            ])
-        return table(["way", "n_cot", "items", "tokens written", "items/min", "x plain",
-                      "peak MB"], rows)
+            rows.append(
+                [
+                    way.name,
+                    str(way.n_cot),
+                    str(self.items(way)),
+                    f"{result['written']:.0f}",
+                    f"{result['speed']:.2f}",
+                    _times(result["speed"], plain, way.bar),
+                    f"{result['peak'] / MB:,.0f}",
+                ]
+            )
+        return table(["way", "n_cot", "items", "tokens written", "items/min", "x plain", "peak MB"], rows)
 
     def memory_table(self, results: dict[Way, dict[str, Any]]) -> str:
         rows = []
@@ -339,14 +385,15 @@ class Comparison:
             if way.function != "ours" or not result:
                 continue
             buffers = result["buffers"]
-            cache, repacked = (sum(size for name, size in buffers.items() if kind in name)
-                               for kind in ("KV", "REPACK"))
+            cache, repacked = (sum(size for name, size in buffers.items() if kind in name) for kind in ("KV", "REPACK"))
             allowed = result["file"] + cache + repacked + MEMORY_ALLOWANCE
-            rows.append([
-                way.name,
-                *(f"{part / MB:,.0f}" for part in (result["file"], cache, repacked, allowed)),
-                f"{result['peak'] / MB:,.0f} ({verdict(result['peak'] <= allowed)})",
-            ])
+            rows.append(
+                [
+                    way.name,
+                    *(f"{part / MB:,.0f}" for part in (result["file"], cache, repacked, allowed)),
+                    f"{result['peak'] / MB:,.0f} ({verdict(result['peak'] <= allowed)})",
+                ]
+            )
         return table(["way", "file", "cache", "repacked", "allowed", "peak"], rows)
 
 

@@ -50,9 +50,14 @@ def random_example(ids: torch.Tensor, supervised: int) -> dict[str, torch.Tensor
     }
 
 
-def plain_loss(logits: torch.Tensor, labels: torch.Tensor, score_positions: torch.Tensor,
-               score_token_ids: torch.Tensor, score_values: torch.Tensor,
-               targets: torch.Tensor) -> torch.Tensor:
+def plain_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    score_positions: torch.Tensor,
+    score_token_ids: torch.Tensor,
+    score_values: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
     """The same loss from the logits (B, T, V) of all positions; every row has a score."""
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     ce = F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORE_INDEX)
@@ -61,20 +66,21 @@ def plain_loss(logits: torch.Tensor, labels: torch.Tensor, score_positions: torc
     return ce + (probabilities @ score_values.to(probabilities) - targets).square().mean()
 
 
-def make_data(tokens: int, supervised: int, hidden: int, vocabulary: int, dtype: str,
-              device: str) -> dict[str, Any]:
+def make_data(tokens: int, supervised: int, hidden: int, vocabulary: int, dtype: str, device: str) -> dict[str, Any]:
     """Random hidden states, head and example."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     states = torch.randn(1, tokens, hidden, device=device, dtype=kind)
     head = torch.empty(vocabulary, hidden, device=device, dtype=kind)
     ids = torch.randint(vocabulary, (1, tokens), device=device)
-    return {"states": states.requires_grad_(True), "head": head.normal_(std=hidden**-0.5),
-            "example": random_example(ids, supervised)}
+    return {
+        "states": states.requires_grad_(True),
+        "head": head.normal_(std=hidden**-0.5),
+        "example": random_example(ids, supervised),
+    }
 
 
-def step(variant: str, states: torch.Tensor, head: torch.Tensor,
-         example: Mapping[str, torch.Tensor]) -> float:
+def step(variant: str, states: torch.Tensor, head: torch.Tensor, example: Mapping[str, torch.Tensor]) -> float:
     """One forward and backward; returns the loss."""
     states.grad = None
     if variant == PLAIN:
@@ -85,8 +91,7 @@ def step(variant: str, states: torch.Tensor, head: torch.Tensor,
     else:
         following = example["labels"][:, 1:]
         learnt = (following != IGNORE_INDEX).nonzero(as_tuple=True)
-        chunks = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=max(1, CHUNK_ELEMENTS // len(head)))
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK_ELEMENTS // len(head)))
         loss = F.linear_cross_entropy(states[learnt], head, following[learnt], options=chunks)
     loss.backward()
     return loss.item()
@@ -129,7 +134,9 @@ class Comparison:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.sizes = {
             "supervised": max(3, round(options.supervised * options.tokens)),
-            "hidden": options.hidden, "vocabulary": options.vocabulary, "dtype": options.dtype,
+            "hidden": options.hidden,
+            "vocabulary": options.vocabulary,
+            "dtype": options.dtype,
             "device": self.device,
         }
         has_torch_ce = hasattr(F, "linear_cross_entropy")
@@ -140,9 +147,11 @@ class Comparison:
         sizes = self.sizes
         gpu = f", {torch.cuda.get_device_name()}" if self.device == "cuda" else ""
         print(f"{measure.machine('torch')}, {torch.get_num_threads()} threads{gpu}")
-        print(f"{self.tokens:,} tokens, {sizes['supervised']:,} of them supervised, hidden size "
-              f"{sizes['hidden']:,}, vocabulary {sizes['vocabulary']:,}, {sizes['dtype']}, "
-              f"median of {self.repeats}; the bars are for the default sizes on two cores\n")
+        print(
+            f"{self.tokens:,} tokens, {sizes['supervised']:,} of them supervised, hidden size "
+            f"{sizes['hidden']:,}, vocabulary {sizes['vocabulary']:,}, {sizes['dtype']}, "
+            f"median of {self.repeats}; the bars are for the default sizes on two cores\n"
+        )
         print(self.variant_table())
         if TORCH_CE not in self.variants:
             print("linear_cross_entropy: not in this torch (2.13 and newer)")
@@ -152,8 +161,10 @@ class Comparison:
     def variant_table(self) -> str:
         """Time and memory of each variant at the length asked for."""
         fitting = [name for name in self.variants if "bytes" in self.peak(name, self.tokens)]
-        seconds = in_child(__file__, {"job": "times", "variants": fitting, "tokens": self.tokens,
-                                      "repeats": self.repeats, **self.sizes})
+        seconds = in_child(
+            __file__,
+            {"job": "times", "variants": fitting, "tokens": self.tokens, "repeats": self.repeats, **self.sizes},
+        )
         plain_bytes = self.peak(PLAIN, self.tokens).get("bytes")
         rows = []
         for name in self.variants:
@@ -163,13 +174,17 @@ class Comparison:
                 rows.append([name, why, *[""] * 4])
                 continue
             bars = (TIME_BAR, MEMORY_BAR) if name == OURS else (None, None)
-            rows.append([
-                name, f"{peak['loss']:.5f}",
-                f"{seconds[name]:.3f}", ratio(seconds[name], seconds.get(PLAIN), bars[0]),
-                f"{peak['bytes'] / MB:,.1f}", ratio(peak["bytes"], plain_bytes, bars[1]),
-            ])
-        return table(["forward and backward", "loss", "seconds", "of plain", "peak extra MB",
-                      "of plain"], rows)
+            rows.append(
+                [
+                    name,
+                    f"{peak['loss']:.5f}",
+                    f"{seconds[name]:.3f}",
+                    ratio(seconds[name], seconds.get(PLAIN), bars[0]),
+                    f"{peak['bytes'] / MB:,.1f}",
+                    ratio(peak["bytes"], plain_bytes, bars[1]),
+                ]
+            )
+        return table(["forward and backward", "loss", "seconds", "of plain", "peak extra MB", "of plain"], rows)
 
     def length_table(self) -> str:
         """Memory from half the length to four times the length, the supervised tokens constant."""
@@ -185,8 +200,11 @@ class Comparison:
         """`bytes` and `loss` of one step, or `error`: why there are none."""
         if (variant, tokens) not in self._peaks:
             why = self.too_large(tokens) if variant == PLAIN else None
-            self._peaks[variant, tokens] = {"error": why} if why else in_child(
-                __file__, {"job": "memory", "variant": variant, "tokens": tokens, **self.sizes})
+            self._peaks[variant, tokens] = (
+                {"error": why}
+                if why
+                else in_child(__file__, {"job": "memory", "variant": variant, "tokens": tokens, **self.sizes})
+            )
         return self._peaks[variant, tokens]
 
     def too_large(self, tokens: int) -> str | None:

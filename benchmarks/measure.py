@@ -80,8 +80,7 @@ def _status(field: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def interleaved_seconds(functions: Mapping[str, Callable[[], Any]],
-                        repeats: int) -> dict[str, float]:
+def interleaved_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each function; they take turns, so that all meet the same disturbances."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -96,8 +95,13 @@ def in_child(script: str | Path, job: Mapping[str, Any], folder: Path | None = N
     """What `script --child JOB` answers from a process of its own; {"error": why} if it fails."""
     # Everything is made on the spot, so no library needs to ask a server for anything.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, str(Path(script).resolve()), "--child", json.dumps(job)],
-                          stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(Path(script).resolve()), "--child", json.dumps(job)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(RESULT):
             return json.loads(line.removeprefix(RESULT))

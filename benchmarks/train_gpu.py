@@ -28,26 +28,40 @@ from loss import plain_loss, random_example
 from measure import GB, in_child, ratio, table
 
 from tract_lite.loss import cot_raft_loss
-from tract_lite.seed import (
-    add_lora, for_training, hidden_states, lm_head_weight, load_seed, pick_dtype,
-)
+from tract_lite.training.seed_model import add_lora, for_training, hidden_states, lm_head_weight, load_seed, pick_dtype
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
-        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-        "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     },
     "mistral": {
-        "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096,
-        "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 32_768, "sliding_window": None,
+        "model_type": "mistral",
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32_768,
+        "sliding_window": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
     "tiny": {
-        "model_type": "llama", "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "model_type": "llama",
+        "vocab_size": 8192,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
     },
 }
@@ -81,7 +95,8 @@ def make_skeleton(model: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     config = AutoConfig.for_model(
-        **SHAPES[model], tie_word_embeddings=False,
+        **SHAPES[model],
+        tie_word_embeddings=False,
         **{f"{name}_token_id": number for number, name in enumerate(SPECIAL_TOKENS)},
     )
     with torch.device("meta"):
@@ -89,8 +104,11 @@ def make_skeleton(model: str, dtype: torch.dtype) -> Any:
     config = skeleton.config
     config.architectures, config.dtype = [type(skeleton).__name__], dtype
     config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
     ).to_dict()
     return skeleton
 
@@ -100,8 +118,11 @@ def _write_weights(skeleton: Any, dtype: torch.dtype, folder: Path) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    quantised = {f"{name}.weight" for name, module in skeleton.named_modules()
-                 if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    quantised = {
+        f"{name}.weight"
+        for name, module in skeleton.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
     files: dict[str, str] = {}
     blocks = itertools.groupby(skeleton.named_parameters(), lambda item: _block(item[0]))
     for number, (_, parameters) in enumerate(blocks):
@@ -147,8 +168,9 @@ def _write_tokenizer(folder: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def train(variant: str, folder: str, tokens: int, supervised: int, steps: int,
-          cap_gb: float | None = None) -> dict[str, float]:
+def train(
+    variant: str, folder: str, tokens: int, supervised: int, steps: int, cap_gb: float | None = None
+) -> dict[str, float]:
     """Load, attach an adapter, train some steps on one sequence; memory in bytes.
 
     Raises:
@@ -172,12 +194,15 @@ def train(variant: str, folder: str, tokens: int, supervised: int, steps: int,
         seconds.append(time.perf_counter() - start)
     if cap_gb and torch.cuda.max_memory_reserved() > cap_gb * GB:
         raise RuntimeError(f"{torch.cuda.max_memory_reserved() / GB:.1f} GB were reserved")
-    return {"seconds": statistics.median(seconds[WARM_UP_STEPS:]), "loss": losses[0],
-            "loaded": loaded, "peak": measure.peak_memory(device)}
+    return {
+        "seconds": statistics.median(seconds[WARM_UP_STEPS:]),
+        "loss": losses[0],
+        "loaded": loaded,
+        "peak": measure.peak_memory(device),
+    }
 
 
-def _make_step(model: Any, variant: str, tokens: int, supervised: int,
-               device: str) -> Callable[[], float]:
+def _make_step(model: Any, variant: str, tokens: int, supervised: int, device: str) -> Callable[[], float]:
     """One optimiser step in the precision of the hardware, as in training; it returns the loss."""
     dtype, _ = pick_dtype()
     head = lm_head_weight(model)
@@ -220,8 +245,13 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     print(f"{made['gpu']}\n", flush=True)
     rows, failures, plain = [], [], {}
     for variant in (name for name in VARIANTS if name in options.backends):
-        job = {"job": "train", "variant": variant, "tokens": options.tokens, "steps": options.steps,
-               "supervised": max(3, round(options.supervised * options.tokens))}
+        job = {
+            "job": "train",
+            "variant": variant,
+            "tokens": options.tokens,
+            "steps": options.steps,
+            "supervised": max(3, round(options.supervised * options.tokens)),
+        }
         result = _run(job, folder)
         print(json.dumps({"variant": variant, **result}), flush=True)
         if "error" in result:
@@ -229,17 +259,36 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             failures.append(f"{VARIANTS[variant]}: {result['error']}")
             continue
         plain = result if variant == "plain" else plain
-        rows.append([
-            VARIANTS[variant], f"{result['loss']:.3f}", f"{result['seconds']:.3f}",
-            f"{options.tokens / result['seconds']:,.0f}",
-            ratio(result["seconds"], plain.get("seconds")),
-            f"{result['loaded'] / GB:.2f}", f"{result['peak'] / GB:.2f}",
-            ratio(result["peak"], plain.get("peak")),
-            *_fits(job, folder, made["gpu_bytes"], options.caps),
-        ])
+        rows.append(
+            [
+                VARIANTS[variant],
+                f"{result['loss']:.3f}",
+                f"{result['seconds']:.3f}",
+                f"{options.tokens / result['seconds']:,.0f}",
+                ratio(result["seconds"], plain.get("seconds")),
+                f"{result['loaded'] / GB:.2f}",
+                f"{result['peak'] / GB:.2f}",
+                ratio(result["peak"], plain.get("peak")),
+                *_fits(job, folder, made["gpu_bytes"], options.caps),
+            ]
+        )
     print()
-    print(table(["one step", "loss", "seconds", "tokens/s", "time of plain", "loaded, GB",
-                 "peak, GB", "peak of plain", *(f"in {cap:g} GB" for cap in options.caps)], rows))
+    print(
+        table(
+            [
+                "one step",
+                "loss",
+                "seconds",
+                "tokens/s",
+                "time of plain",
+                "loaded, GB",
+                "peak, GB",
+                "peak of plain",
+                *(f"in {cap:g} GB" for cap in options.caps),
+            ],
+            rows,
+        )
+    )
     print("\n".join(["", *failures]))
 
 
@@ -272,8 +321,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--supervised", type=float, default=0.2, help="share of the tokens")
     parser.add_argument("--steps", type=int, default=5, help=f"measured, after {WARM_UP_STEPS}")
     parser.add_argument("--backends", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--caps", nargs="*", type=float, default=[15, 24], metavar="GB",
-                        help="memory sizes to try (default: 15 24)")
+    parser.add_argument(
+        "--caps", nargs="*", type=float, default=[15, 24], metavar="GB", help="memory sizes to try (default: 15 24)"
+    )
     parser.add_argument("--folder", type=Path, help="keep the random model here for later calls")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -283,8 +333,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.model != "tiny" and not torch.cuda.is_available():
         parser.error(f"--model {options.model} needs a CUDA GPU; --model tiny does not")
     print(measure.machine("torch", "transformers", "peft", "bitsandbytes", "unsloth"))
-    print(f"{options.model}: 1 sequence of {options.tokens:,} tokens, LoRA rank {RANK}, "
-          f"median of {options.steps} steps")
+    print(
+        f"{options.model}: 1 sequence of {options.tokens:,} tokens, LoRA rank {RANK}, median of {options.steps} steps"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)) / options.model
         folder.mkdir(parents=True, exist_ok=True)

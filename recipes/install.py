@@ -1,6 +1,6 @@
 """What a notebook session lacks is installed, and the platform's torch stays as it is.
 
-    python recipes/install.py
+python recipes/install.py
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def install(file: Path) -> None:
         constraints = Path(folder, "constraints.txt")
         torch = installed("torch")
         constraints.write_text(f"torch=={torch}\n" if torch else "", encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(file), "-c",
-                        str(constraints)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "-r", str(file), "-c", str(constraints)], check=True
+        )
 
 
 def describe_hardware() -> str:
@@ -71,7 +72,7 @@ def describe_hardware() -> str:
         RuntimeError: the installed torch has no kernels for the card.
     """
     sys.path.insert(0, str(ROOT))
-    from tract_lite.seed import pick_dtype
+    from tract_lite.training.seed_model import pick_dtype
 
     dtype, reason = pick_dtype()
     return f"computes in {str(dtype).removeprefix('torch.')}: {reason}"
@@ -95,8 +96,9 @@ def main() -> None:
             describe_hardware()
         missing = [str(requirement) for requirement in requirements if not is_met(requirement)]
         if missing:
-            print(f"installing {', '.join(missing)}; llama-cpp-python is compiled, which takes "
-                  "some minutes", flush=True)
+            print(
+                f"installing {', '.join(missing)}; llama-cpp-python is compiled, which takes some minutes", flush=True
+            )
             install(file)
         else:
             print("nothing to install")

@@ -1,6 +1,6 @@
 """Builds the notebooks for Colab and Kaggle from their one source, `notebook.md`.
 
-    python recipes/notebooks.py
+python recipes/notebooks.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLATFORMS: dict[str, dict[str, str]] = {
         "platform": "Colab",
         "gpu_menu": "*Runtime*, *Change runtime type*, *T4 GPU*",
         "upload": " (upload it with the folder symbol on the left and write `/content/NAME.csv`, "
-                  "or give its path on Drive)",
+        "or give its path on Drive)",
         "kept": "/content/drive/MyDrive",
         "kept_words": " on Drive, which survives the session",
     },
@@ -38,8 +38,7 @@ PLATFORMS: dict[str, dict[str, str]] = {
 
 METADATA: dict[str, dict[str, Any]] = {
     "colab": {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}},
-    "kaggle": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True,
-                          "isInternetEnabled": True}},
+    "kaggle": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}},
 }
 
 
@@ -65,21 +64,21 @@ def build(platform: str) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     choice = {name: name == platform for name in PLATFORMS}
     text = environment.from_string(SOURCE.read_text(encoding="utf-8")).render(
-        PLATFORMS[platform], repository=REPOSITORY, **choice)
+        PLATFORMS[platform], repository=REPOSITORY, **choice
+    )
     parts = re.split(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    cells = [_cell(number, part.strip("\n")) for number, part in enumerate(parts)
-             if part.strip()]
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-              "language_info": {"name": "python"}}
-    notebook = {"cells": cells, "metadata": kernel | METADATA[platform], "nbformat": 4,
-                "nbformat_minor": 5}
+    cells = [_cell(number, part.strip("\n")) for number, part in enumerate(parts) if part.strip()]
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook = {"cells": cells, "metadata": kernel | METADATA[platform], "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _cell(number: int, source: str) -> dict[str, Any]:
     """Odd parts stood in a fence."""
-    cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {},
-                            "source": source.splitlines(keepends=True)}
+    cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}, "source": source.splitlines(keepends=True)}
     if number % 2:
         return cell | {"cell_type": "code", "execution_count": None, "outputs": []}
     return cell | {"cell_type": "markdown"}

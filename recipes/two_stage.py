@@ -1,298 +1,139 @@
-"""The whole way: judging data, stage 1, self-generated reasonings, stage 2, GGUF, judgement.
+"""TRACT in two stages: from judging data to a judge in one GGUF file.
 
     python recipes/two_stage.py --preset demo
     python recipes/two_stage.py --data my_scores.csv --out runs/mine
     accelerate launch --multi_gpu recipes/two_stage.py --data my_scores.csv
 
 A second call with the same --out goes on where the first one stopped. With several GPUs, all of
-them train; the first one does the rest.
+them train; the first one does the rest. Source: TRACT, section 3.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import importlib.util
-import json
 import logging
-import shutil
 import sys
-from datetime import timedelta
-from hashlib import file_digest
+from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
-
-import torch
 
 # A clone works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
-    # Unsloth patches transformers, so it comes first; without CUDA it can't be imported at all.
-    import unsloth  # noqa: F401
+if importlib.util.find_spec("unsloth") and importlib.util.find_spec("torch"):
+    import torch
 
-from accelerate import PartialState
+    if torch.cuda.is_available():
+        # Unsloth patches transformers, so it comes first.
+        import unsloth  # noqa: F401
 
-import demo_task
-from demo_seed import cached_seed
-from held_out import HeldOut, sample_labels
-from own_data import read_own_data
-from presets import Options, parse, preset_for
-from run_folder import RunFolder
+from prepare import prepare
+
 from tract_lite import (
-    Judge, JudgeSpec, Record, Sampling, ScoreScale, add_lora, export_adapter, export_gguf,
-    generate_cots, load_seed, merge_adapter, read_records, split_records, train_stage,
+    Judge,
+    JudgeSpec,
+    Preset,
+    Record,
+    Run,
+    RunOptions,
+    apart,
+    estimate_run,
+    export_adapter,
+    export_gguf,
+    finish_run,
+    generate_cots,
+    merge_adapter,
+    parse_options,
+    preset_for,
+    read_records,
+    settings_of,
+    train_adapter,
 )
-from tract_lite.estimate import run_seconds
-from tract_lite.jsonl import replacing, write_json, write_rows
-from tract_lite.metrics import format_table
-from tract_lite.model_card import write_model_card
-from tract_lite.parity import Parity, compare
-from tract_lite.prompt import DEFAULT_TEMPLATE, make_spec
-from tract_lite.records import record_to_row
-from tract_lite.report import write_report
-from tract_lite.seed import load_adapter
-from tract_lite.train import RESULT_FILE
 
 logger = logging.getLogger("two_stage")
 
-# As TRACT's; of fewer records, the best step would be found by chance.
-VALIDATION_SHARE = 0.05
-LEAST_VALIDATION = 20
 # Held-out items that an export is checked with.
-CHECKED = 8
-# What a second call may choose anew.
-MAY_CHANGE = ("scratch", "train_only")
-# Processes wait for what the first one writes.
-WAIT = timedelta(days=7)
+CHECKED = 50
 
 
-class TwoStage:
-    """One run and its folder; each step leaves a file by which a second call knows it is done."""
+def two_stage(options: RunOptions, run: Run) -> None:
+    """Train a judge by the method, export it, and measure it on items that it has not seen."""
+    run.begin(settings_of(options))
+    preset, data = prepare(preset_for(options), run)
 
-    def __init__(self, options: Options):
-        self.options = options
-        self.preset = preset_for(options)
-        self.out = Path(options.out)
-        self.merged = Path(options.scratch or options.out) / "merged"
-        self.processes = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
-        self.folder = RunFolder(self.out, self.processes.is_main_process)
-        if not self.processes.is_main_process:
-            logging.getLogger().setLevel(logging.WARNING)
-        low, _, high = options.scale.partition("-")
-        self.is_example = self.preset.data is None
-        self.scale = ScoreScale.integers(int(low), int(high))
-        self.spec_fields = {
-            "scale": self.scale,
-            "template": demo_task.TEMPLATE if self.is_example else DEFAULT_TEMPLATE,
-            "max_length": self.preset.max_length,
-            "sampling": Sampling(max_new_tokens=self.preset.max_new_tokens),
+    # p0: the seed model, as both stages start from it.
+    seed = preset.seed
+    p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
+    judge_of = partial(Judge.from_adapter, precision=preset.precision, parallel=preset.parallel)
+    records = reasoned(
+        [*data.training, *data.validation], run, partial(Judge.from_seed, parallel=preset.parallel, **seed)
+    )
+    training, validation = apart(records, data.validation)
+    if not run.stages():
+        estimate_run(training, parallel=preset.parallel, **p0)
+
+    # Stage 1: learn to judge from the reasonings that annotators wrote (p_a).
+    p_s = train_adapter(training, run / "stage1", validation=validation, **p0)
+
+    # The stage-1 judge writes its own reasoning for every item. Its score goes, the gold score stays.
+    own = run.once("self_generated.jsonl", write_reasonings, partial(judge_of, p_s), records)
+    training, validation = apart(read_records(own), data.validation)
+
+    # Stage 2: the seed model anew, on reasonings like those that it will write itself.
+    p_tract = train_adapter(training, run / "stage2", validation=validation, **p0)
+
+    if run.is_first and not options.train_only:
+        scratch = Path(options.scratch) if options.scratch else run.folder
+        files = export(p_tract, run, scratch, preset, data.held_out)
+        judges: dict[str, Any] = {
+            "stage 1": (partial(judge_of, p_s), None),
+            "stage 2": (partial(judge_of, p_tract), None),
         }
-
-    def run(self) -> None:
-        """All steps in order."""
-        processes, folder = self.processes, self.folder
-        with folder.log():
-            # What the first process has written, the others find done.
-            with processes.main_process_first():
-                folder.open(self._settings())
-                training, held_out = self._data()
-                self.seed_model = self.preset.seed_model or str(self._toy_seed(training))
-                training = self._with_reasonings(training)
-            self._stage("stage1", training)
-            with processes.main_process_first():
-                training = self._reasonings("self_generated", self.out / "stage1/adapter", training)
-            self._stage("stage2", training)
-            if processes.is_main_process and not self.options.train_only:
-                self._report(self._judge(held_out, self._export(held_out)))
-
-    def _settings(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.options) | dataclasses.asdict(self.preset)
-        if self.preset.data and Path(self.preset.data).is_file():
-            with open(self.preset.data, "rb") as file:
-                settings["data_sha256"] = file_digest(file, "sha256").hexdigest()
-        return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-
-    def _data(self) -> tuple[list[Record], list[Record]]:
-        """The training pairs and the held-out items, the same ones at a second call."""
-        training_file, held_out_file = self.out / "training.jsonl", self.out / "held_out.jsonl"
-        if not held_out_file.exists():
-            training, held_out = self._read_data()
-            self.folder.keep_settings()
-            write_rows(training_file, map(record_to_row, training))
-            write_rows(held_out_file, map(record_to_row, held_out))
-        training, held_out = read_records(training_file), read_records(held_out_file)
-        self.validation = self._choose_validation(training)
-        self.folder.count(training_records=len(training), held_out_items=len(held_out))
-        return training, held_out
-
-    def _choose_validation(self, training: Sequence[Record]) -> set[str]:
-        """The keys of the records that each stage is validated on, and not trained on."""
-        share = min(VALIDATION_SHARE, self.preset.validation / len(training))
-        _, chosen = split_records(training, share)
-        return {record.key for record in chosen} if len(chosen) >= LEAST_VALIDATION else set()
-
-    def _read_data(self) -> tuple[list[Record], list[Record]]:
-        if self.is_example:
-            training = demo_task.make_items(self.preset.max_items, demo_task.TRAINING_SEED)
-            held_out = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
-            return [item.record for item in training], [item.record for item in held_out]
-        training, held_out, counts = read_own_data(
-            self.preset.data, self.options.split, self.scale,
-            self.options.skip_bad, self.preset.max_items, self.preset.held_out,
-        )
-        self.folder.count(**counts)
-        return training, held_out
-
-    def _toy_seed(self, training: Sequence[Record]) -> Path:
-        if self.is_example:
-            return cached_seed(demo_task.pretraining_records(), self.spec_fields,
-                               vocabulary_size=800, steps=500)
-        logger.warning("no --seed-model: a toy seed is trained on the text of the data, to show "
-                       "the way; for a judge of use, choose a real one")
-        answered = [dataclasses.replace(record, feedback=record.feedback or record.response)
-                    for record in training]
-        return cached_seed(answered, self.spec_fields, vocabulary_size=4000, steps=100)
-
-    def _load(self, adapter: Path | None = None) -> tuple[Any, Any, JudgeSpec]:
-        gc.collect()
-        torch.cuda.empty_cache()
-        model, tokenizer = load_seed(self.seed_model, max_seq_length=self.preset.max_length,
-                                     precision=self.options.precision)
-        method = dataclasses.asdict(self.preset.training)
-        # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
-        spec = make_spec(tokenizer, base_model=model.config._name_or_path, method=method,
-                         **self.spec_fields)
-        return (load_adapter(model, adapter) if adapter else model), tokenizer, spec
-
-    def _judge_from(self, adapter: Path | None) -> Judge:
-        return Judge.from_model(*self._load(adapter), batch_size=self.preset.batch_size)
-
-    def _with_reasonings(self, training: list[Record]) -> list[Record]:
-        """Where annotators gave no reasoning, the seed writes one."""
-        lacking = [record for record in training if not record.feedback]
-        if not lacking:
-            return training
-        logger.info("%d of %d training records have a score and no reasoning: the seed writes one",
-                    len(lacking), len(training))
-        written = self._reasonings("seed_reasonings", None, lacking)
-        return [record for record in training if record.feedback] + written
-
-    def _reasonings(self, name: str, adapter: Path | None,
-                    records: Sequence[Record]) -> list[Record]:
-        """The records with a reasoning of the seed's own or, with an adapter, of its judge."""
-        path = self.out / f"{name}.jsonl"
-        if name not in self.folder.counts:
-            logger.info("%s: writing a reasoning for each of %d records", name, len(records))
-            kept, rejected = generate_cots(self._judge_from(adapter), records, path)
-            self.folder.count(**{name: {"kept": len(kept), "rejected": dict(rejected)}})
-        return read_records(path)
-
-    def _stage(self, name: str, training: list[Record]) -> None:
-        folder = self.out / name
-        if not (folder / RESULT_FILE).exists():
-            validation = [record for record in training if record.key in self.validation]
-            training = [record for record in training if record.key not in self.validation]
-            logger.info("%s: training on %d records, validating on %d", name, len(training),
-                        len(validation))
-            model, tokenizer, spec = self._load()
-            model = add_lora(model, gradient_checkpointing=self.preset.gradient_checkpointing)
-            if name == "stage1":
-                self._estimate(model, tokenizer, training, spec)
-            train_stage(model, tokenizer, training, spec, folder, self.preset.training,
-                        validation=validation)
-        if name not in self.folder.counts:
-            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-            self.folder.count(**{name: {key: result[key] for key in (
-                "records", "examples", "dropped", "validation", "kept_step")}})
-
-    def _estimate(self, model: Any, tokenizer: Any, training: Sequence[Record],
-                  spec: JudgeSpec) -> None:
-        seconds = run_seconds(model, tokenizer, training, spec, self.preset.training,
-                              self.preset.batch_size)
-        stage, reasonings = seconds["stage"] / 60, seconds["reasonings"] / 60
-        logger.info("this run takes about %.1f minutes: %.1f for each stage, %.1f for the "
-                    "reasonings between them; export and evaluation come on top",
-                    2 * stage + reasonings, stage, reasonings)
-
-    def _export(self, held_out: Sequence[Record]) -> list[Path]:
-        """The adapter alone, then the merged judge in each type; checked on some held-out items."""
-        adapter = self.out / "stage2" / "adapter"
-        seed, scratch = JudgeSpec.load(adapter).base_model, self.merged.parent
-        if not (self.out / "adapter.gguf").exists():
-            self._keep(export_adapter(adapter, seed, scratch / "adapter.gguf"))
-        names = self.preset.quantization
-        files = [self.out / f"judge-{name}.gguf" for name in names]
-        if missing := [name for name, file in zip(names, files) if not file.exists()]:
-            # A merge that is there may be older than the adapter.
-            merge_adapter(seed, adapter, self.merged, base=self.options.base)
-            logger.info("exporting %s", ", ".join(missing))
-            for made in export_gguf(self.merged, scratch / "judge.gguf", missing,
-                                    records=held_out[:CHECKED]):
-                self._keep(made)
-        return files
-
-    def _keep(self, made: Path) -> None:
-        """Copy a file from the scratch folder into the run's."""
-        kept = self.out / made.name
-        if not kept.exists():
-            with replacing(kept) as part:
-                shutil.copyfile(made, part)
-
-    def _exported(self, file: Path, parallel: int | None) -> Judge:
-        # The run's folder may be on a drive that is slow to read from.
-        near = self.merged.parent / file.name
-        return Judge.from_gguf(near if near.exists() else file, parallel=parallel)
-
-    def _judge(self, held_out: Sequence[Record], files: Sequence[Path]) -> dict[str, Any]:
-        path = self.out / "metrics.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        items, rows, parity = HeldOut(held_out, self.out / "judged"), {}, {}
-        if self.is_example:
-            made = demo_task.make_items(self.preset.held_out, demo_task.HELD_OUT_SEED)
-            rows["true mean (best possible)"] = items.evaluate([item.mean for item in made])
-        judged = items.judge("stage1", lambda: self._judge_from(self.out / "stage1/adapter"))
-        rows["stage 1, CoT-RAIL"] = items.evaluate([j.score for j in judged])
-        judged = items.judge("stage2", lambda: self._judge_from(self.out / "stage2/adapter"))
-        rows["stage 2, sampled label"] = items.evaluate(sample_labels(judged, self.scale))
-        rows |= items.readings("stage 2", judged)
         for file in files:
-            judged = items.judge(
-                file.stem, lambda: self._exported(file, self.preset.gguf_parallel),
-                self.preset.gguf_items)
-            rows |= items.readings(file.name, judged)
-            with self._exported(file, 1) as judge, self._trained_judge() as trained:
-                try:
-                    parity[file.name] = dataclasses.asdict(
-                        compare(judge, trained, items.records, judged))
-                except ValueError as error:
-                    logger.warning("%s: no parity: %s", file.name, error)
-        metrics = {"rows": rows, "parity": parity, "counts": self.folder.counts}
-        write_json(path, metrics)
-        return metrics
+            # The run's folder may be on a drive that is slow to read from.
+            near = scratch / file.name if (scratch / file.name).exists() else file
+            judges[file.name] = (partial(Judge.from_gguf, near, parallel=preset.gguf_parallel), preset.gguf_items)
+        finish_run(run, data.held_out, judges, scale=preset.scale, cards=[scratch / "merged"])
 
-    def _trained_judge(self) -> Judge:
-        # On a GPU the merged weights in 16 bits may not fit where the 4-bit ones do.
-        if torch.cuda.is_available() or not self.merged.exists():
-            return self._judge_from(self.out / "stage2/adapter")
-        return Judge.from_pretrained(self.merged, batch_size=self.preset.batch_size)
 
-    def _report(self, metrics: dict[str, Any]) -> None:
-        print(f"\n{format_table(metrics['rows'])}\n")
-        for name, figures in metrics["parity"].items():
-            print(f"{name} against transformers, {Parity(**figures)}")
-        for folder in filter(Path.is_dir, (self.out, self.merged)):
-            write_model_card(self.out, folder)
-        judge = self.out / f"judge-{self.preset.quantization[-1]}.gguf"
-        print(f"\njudge:  {judge}\nreport: {write_report(self.out)}\nall:    {self.out}/")
+def reasoned(records: list[Record], run: Run, open_seed: Any) -> list[Record]:
+    """The records; where annotators gave no reasoning, with one that the seed model writes."""
+    lacking = [record for record in records if not record.feedback]
+    if not lacking:
+        return records
+    logger.info("%d of %d records have a score and no reasoning: the seed model writes one", len(lacking), len(records))
+    written = read_records(run.once("seed_reasonings.jsonl", write_reasonings, open_seed, lacking))
+    return [record for record in records if record.feedback] + written
+
+
+def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> None:
+    """A judge's own reasonings for the records."""
+    with open_judge() as judge:
+        kept, rejected = generate_cots(judge, records, out)
+    logger.info("%s: %d reasonings written, %d rejected %s", out.name, len(kept), rejected.total(), dict(rejected))
+
+
+def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Sequence[Record]) -> list[Path]:
+    """The adapter alone, then the merged judge in each type; checked on some held-out items."""
+    seed_model = JudgeSpec.load(adapter).base_model
+    run.once("adapter.gguf", lambda out: run.keep(export_adapter(adapter, seed_model, scratch / out.name)))
+    files = [run / f"judge-{name}.gguf" for name in preset.quantization]
+    missing = [name for name, file in zip(preset.quantization, files) if not file.exists()]
+    if missing:
+        merged = merge_adapter(seed_model, adapter, scratch / "merged", base=preset.base)
+        checked = {"records": held_out[:CHECKED], "figures": run / "parity.json"}
+        for file in export_gguf(merged, scratch / "judge.gguf", missing, **checked):
+            run.keep(file)
+    return files
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse(arguments)
+    options = parse_options(arguments)
+    run = Run(options.out)
     try:
-        TwoStage(options).run()
+        with run.log():
+            two_stage(options, run)
     except (ValueError, FileNotFoundError) as error:
         logger.error("error: %s", error)
         raise SystemExit(2) from error

@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Callable
 
 import pytest
+from filelock import FileLock
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # Each worker has a core of its own, and so has what it starts: threads beyond that only wait.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest runs first, so that no worker waits for them at the end."""
+    items.sort(key=lambda item: "demo_run" not in item.fixturenames)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytest.TestReport:
+    """With REQUIRE_ALL=1, a test that is skipped has failed."""
+    report = yield
+    if report.skipped and os.environ.get("REQUIRE_ALL") == "1" and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, and REQUIRE_ALL is set: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the demo, which takes minutes; leave it as it is."""
+def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`shared_once(name, make)`: a folder that `make(folder)` has filled, once for all workers.
+
+    Tests leave it as it is.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if WORKER else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = base / "shared" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_name(f"{name}.lock")):
+            if not folder.exists():
+                unfinished = folder.with_name(f"{name}.part")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return once
+
+
+def _run(shared_once: Callable[..., Path], preset: str) -> Path:
     import two_stage
 
-    out = tmp_path_factory.mktemp("demo")
-    two_stage.main(["--preset", "demo", "--out", str(out)])
-    return out
+    return shared_once(preset, lambda out: two_stage.main(["--preset", preset, "--out", str(out)]))
+
+
+@pytest.fixture(scope="session")
+def demo_run(shared_once: Callable[..., Path]) -> Path:
+    """The run folder of the demo, which takes minutes: for what is said of its figures."""
+    return _run(shared_once, "demo")
+
+
+@pytest.fixture(scope="session")
+def quick_run(shared_once: Callable[..., Path]) -> Path:
+    """The run folder of the preset `quick`: a whole run with a poor judge."""
+    return _run(shared_once, "quick")

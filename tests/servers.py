@@ -23,7 +23,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tract_lite.cache import cache_folder
+from tract_lite.data.files import cache_folder
 
 START_SECONDS = 60
 # Not tuned to the machine: the cache may travel, and AMX stays off.
@@ -85,9 +85,7 @@ def running(command: list[Any], port: int, ready: str) -> Iterator[str]:
     with TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                list(map(str, command)), stdout=output, stderr=subprocess.STDOUT
-            )
+            process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT)
         try:
             for _ in range(START_SECONDS * 20):
                 assert process.poll() is None, log.read_text(errors="replace")

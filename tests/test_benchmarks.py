@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tract_lite.seed import load_seed
+from tract_lite.training.seed_model import load_seed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -31,9 +31,7 @@ def measure(load) -> ModuleType:
 
 
 def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,9 +95,7 @@ def test_memory_grows_with_the_length_in_the_plain_way_only(loss_output):
 
 
 def test_the_plain_way_is_not_run_where_it_would_not_fit(load):
-    options = Namespace(
-        tokens=64, repeats=1, supervised=0.2, hidden=8, vocabulary=256, dtype="float32"
-    )
+    options = Namespace(tokens=64, repeats=1, supervised=0.2, hidden=8, vocabulary=256, dtype="float32")
     comparison = load("loss").Comparison(options)
     assert comparison.too_large(64) is None
     assert comparison.too_large(10**9).startswith("not run: needs 4096.0 GB")
@@ -126,9 +122,7 @@ def test_training_without_a_gpu_says_what_is_missing_and_goes_on(training_output
 
 @without_gpu
 def test_a_large_model_without_a_gpu_is_refused_with_a_way_out():
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "train_gpu.py"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, BENCHMARKS / "train_gpu.py"], capture_output=True, text=True)
     assert done.returncode == 2 and "--model tiny does not" in done.stderr
 
 
@@ -140,9 +134,7 @@ def test_the_random_models_have_the_size_of_the_real_ones(load, model, count):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_checkpoint_is_in_4_bits_but_for_embeddings_and_head(
-    load, family, monkeypatch, tmp_path
-):
+def test_the_checkpoint_is_in_4_bits_but_for_embeddings_and_head(load, family, monkeypatch, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
 
     train_gpu = load("train_gpu")

@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
-import pytest
-
 import demo_task
 import presets
+import pytest
 import servers
-from tract_lite import JudgeSpec
-from tract_lite import __main__ as command_line
+
+from tract_lite import JudgeSpec, __main__ as command_line
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -41,22 +40,14 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: Path) -> list[Block]:
-    fences = re.findall(
-        r"^```(\w+) ?(\S*)\n(.*?)^```$",
-        page.read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
+    fences = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [Block(*fence) for fence in fences]
 
 
 def commands_of(tag: str) -> list[list[str]]:
     """The words of every line in the blocks with this tag, in all pages."""
     lines = [
-        line
-        for page in PAGES
-        for block in blocks_of(page)
-        if block.tag == tag
-        for line in block.text.splitlines()
+        line for page in PAGES for block in blocks_of(page) if block.tag == tag for line in block.text.splitlines()
     ]
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -91,9 +82,7 @@ def clone(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(clone: Path, *command: str) -> None:
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        command, cwd=clone, env={**os.environ, "PATH": places}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=clone, env={**os.environ, "PATH": places}, capture_output=True, text=True)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
@@ -127,9 +116,7 @@ def test_commands_for_a_gpu_have_options_that_the_recipe_knows() -> None:
 
 
 @pytest.mark.parametrize("preset", ["t4", "24gb"])
-def test_a_command_for_a_gpu_goes_the_whole_way_with_a_toy_seed(
-    preset: str, clone: Path, demo_run: Path
-) -> None:
+def test_a_command_for_a_gpu_goes_the_whole_way_with_a_toy_seed(preset: str, clone: Path, demo_run: Path) -> None:
     command = next(words for words in commands_of("gpu") if preset in words)
     seed = JudgeSpec.load(demo_run / "merged").base_model
     own = f"--data my_scores.csv --seed-model {seed} --max-new-tokens 64 --out runs/{preset}"
@@ -224,6 +211,4 @@ def messages() -> Iterator[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield re.sub(r"%[ds]|%\.\d+f", "…", node.value)
             elif isinstance(node, ast.JoinedStr):
-                yield "".join(
-                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
-                )
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)

@@ -10,7 +10,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from tract_lite.draw import TokenSampler
+from tract_lite.engines.sampler import TokenSampler
 from tract_lite.spec import Sampling
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.3)

@@ -3,16 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tiny import SHARED, VOCABULARIES, load_tokenizer
 
-from tract_lite.encode import Unusable, collate, encode_record, encode_records
+from tract_lite.data.records import read_records
 from tract_lite.loss import IGNORE_INDEX
-from tract_lite.prompt import cut_reasoning, make_spec, prompt_ids
-from tract_lite.records import Record, Rubric, read_records
+from tract_lite.prompt import cut_reasoning, prompt_ids
+from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import MARKER
+from tract_lite.spec import MARKER, make_spec
+from tract_lite.training.encode import Unusable, collate, encode_record, encode_records
 from tract_lite.vocabulary import TransformersVocabulary
 
 RECORD = Record(
@@ -27,9 +27,7 @@ everywhere = pytest.mark.parametrize("name", VOCABULARIES)
 
 def load(name: str, **fields):
     tokenizer = load_tokenizer(name)
-    return make_spec(tokenizer, ScoreScale.integers(1, 5), **fields), TransformersVocabulary(
-        tokenizer
-    )
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), **fields), TransformersVocabulary(tokenizer)
 
 
 @everywhere
@@ -37,15 +35,8 @@ def test_reasoning_marker_label_and_end_are_supervised_and_nothing_else(name):
     spec, vocabulary = load(name)
     batch = collate([encode_record(RECORD, spec, vocabulary)], pad_id=0)
     supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
-    expected = [
-        *vocabulary.encode("It names 4 steps."),
-        *spec.marker_ids,
-        spec.label_ids[3],
-        spec.eos_id,
-    ]
-    assert supervised == expected, (
-        f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
-    )
+    expected = [*vocabulary.encode("It names 4 steps."), *spec.marker_ids, spec.label_ids[3], spec.eos_id]
+    assert supervised == expected, f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
 
 
 @everywhere
@@ -77,9 +68,7 @@ def test_specials_in_a_record_never_move_the_score_position(name):
 def test_any_text_is_encoded_or_refused_with_a_reason(response, feedback):
     spec, vocabulary = load("qwen2")
     try:
-        example = encode_record(
-            replace(RECORD, response=response, feedback=feedback), spec, vocabulary
-        )
+        example = encode_record(replace(RECORD, response=response, feedback=feedback), spec, vocabulary)
     except Unusable as reason:
         assert str(reason) == "no reasoning"
     else:
@@ -127,9 +116,7 @@ def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reaso
     bad = replace(RECORD, **fields)
     examples, dropped = encode_records([bad, RECORD, bad], spec, vocabulary)
     assert len(examples) == 1
-    assert (
-        [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
-    )
+    assert [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
 
 
 def test_a_sequence_that_just_fits_is_kept_whole():
@@ -142,9 +129,7 @@ def test_a_sequence_that_just_fits_is_kept_whole():
 
 def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
     spec, vocabulary = load("trained")
-    short, long = (
-        encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9)
-    )
+    short, long = (encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9))
     batch = collate([short, long], pad_id=7)
     n, longest = len(short.ids), len(long.ids)
     assert n < longest and batch["input_ids"].shape == (2, longest)
@@ -158,11 +143,7 @@ def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
 
 def test_all_pairs_of_a_real_benchmark_are_encoded():
     spec, vocabulary = load("qwen2", max_length=3000)
-    pairs = [
-        pair
-        for record in read_records(SHARED / "data" / "vicuna_eval.json")
-        for pair in record.pairs()
-    ]
+    pairs = [pair for record in read_records(SHARED / "data" / "vicuna_eval.json") for pair in record.pairs()]
     examples, dropped = encode_records(pairs, spec, vocabulary)
     assert (len(pairs), len(examples), dropped) == (960, 960, {})
     for pair, example in zip(pairs[::97], examples[::97]):

@@ -17,14 +17,13 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from tract_lite import engine as engine_module
-from tract_lite.engine import LlamaEngine, default_parallel
-from tract_lite.gguf import export_gguf
-from tract_lite.llama import cache_bytes, load_model, quiet_llama
-from tract_lite.prompt import make_spec
-from tract_lite.sampling import Task
+from tract_lite.engines import llama as engine_module
+from tract_lite.engines.llama import LlamaEngine, default_parallel
+from tract_lite.engines.llama_cpp import cache_bytes, load_model, quiet_llama
+from tract_lite.engines.task import Task
+from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, Sampling
+from tract_lite.spec import JudgeSpec, Sampling, make_spec
 
 BOS = 1
 
@@ -39,13 +38,7 @@ def folder(tmp_path_factory):
 
 def spec_for(folder, marker: str, **sampling) -> JudgeSpec:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    return make_spec(
-        tokenizer,
-        ScoreScale.integers(1, 5),
-        marker=marker,
-        max_length=256,
-        sampling=Sampling(**sampling),
-    )
+    return make_spec(tokenizer, ScoreScale.integers(1, 5), marker=marker, max_length=256, sampling=Sampling(**sampling))
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +59,13 @@ def reference(folder):
 
 def open_engine(path, spec=None, parallel=16, **options) -> LlamaEngine:
     """An engine that computes in float32 throughout."""
-    return LlamaEngine(
-        path, spec, parallel=parallel, threads=1, flash_attention=False, cache_type="f32", **options
-    )
+    return LlamaEngine(path, spec, parallel=parallel, threads=1, flash_attention=False, cache_type="f32", **options)
 
 
 def make_tasks(engine: LlamaEngine, count: int, n_cot: int = 1, words: int = 12) -> list[Task]:
     prompts = [" ".join(make_sentences(20, seed=n)).split()[: words + n % 5] for n in range(count)]
     return [
-        Task(
-            [BOS, *engine.vocabulary.encode(" ".join(prompt))], [100 * n + k for k in range(n_cot)]
-        )
+        Task([BOS, *engine.vocabulary.encode(" ".join(prompt))], [100 * n + k for k in range(n_cot)])
         for n, prompt in enumerate(prompts)
     ]
 
@@ -114,12 +103,7 @@ def test_a_score_read_after_sampling_is_that_of_the_reasoning_given(path):
         tasks = make_tasks(engine, 30)
         sampled = dict(engine.run(tasks))
         given = dict(
-            engine.run(
-                [
-                    replace(task, reasonings=reasonings(sampled[index]))
-                    for index, task in enumerate(tasks)
-                ]
-            )
+            engine.run([replace(task, reasonings=reasonings(sampled[index])) for index, task in enumerate(tasks)])
         )
     assert any(not sample.truncated for answer in sampled.values() for sample in answer)
     for index in sampled:
@@ -143,9 +127,7 @@ def test_samples_of_one_item_equal_separate_ones(path, parallel):
         [(_, answer)] = engine.run([task])
         separate = [next(alone.run([Task(task.prompt, [seed])]))[1] for seed in task.seeds]
     assert reasonings(answer) == [reasonings(other)[0] for other in separate]
-    np.testing.assert_allclose(
-        scores(answer), np.concatenate([scores(a) for a in separate]), atol=1e-4
-    )
+    np.testing.assert_allclose(scores(answer), np.concatenate([scores(a) for a in separate]), atol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", [4, 16])
@@ -282,9 +264,7 @@ LENGTHS = (10, 100, 500, 1000, 2000)
 def topic_prompt(rng: random.Random, length: int, topic: int) -> list[int]:
     """Random ids, half of them from the topic's own 15."""
     drawn = [
-        rng.randrange(300 + 15 * topic, 315 + 15 * topic)
-        if rng.random() < 0.5
-        else rng.randrange(3, 384)
+        rng.randrange(300 + 15 * topic, 315 + 15 * topic) if rng.random() < 0.5 else rng.randrange(3, 384)
         for _ in range(length - 1)
     ]
     return [BOS, *drawn]
@@ -367,14 +347,10 @@ def test_in_float32_label_logits_and_probabilities_are_those_of_transformers(
         answers = list(engine.run(tasks))
     for (index, [sample]), found in zip(answers, label_logits):
         np.testing.assert_allclose(found, logits[index], atol=1e-3)
-        np.testing.assert_allclose(
-            np.exp(sample.label_log_probabilities), probabilities[index], atol=1e-4
-        )
+        np.testing.assert_allclose(np.exp(sample.label_log_probabilities), probabilities[index], atol=1e-4)
 
 
-def test_in_float16_with_the_defaults_probabilities_are_near_those_of_transformers(
-    trained, long_tasks
-):
+def test_in_float16_with_the_defaults_probabilities_are_near_those_of_transformers(trained, long_tasks):
     tasks, _, probabilities = long_tasks
     with LlamaEngine(export_gguf(trained, trained / "judge-f16.gguf", "f16")) as engine:
         answers = dict(engine.run(tasks))
@@ -472,9 +448,7 @@ def test_an_item_that_the_model_can_not_compute_does_not_stop_the_others(folder,
         model.model.embed_tokens.weight[300] = math.nan
     broken = make_llama(folder / "broken", folder / "spm")
     model.save_pretrained(broken)
-    with open_engine(
-        export_gguf(broken, folder / "broken.gguf", "f32", spec), parallel=1
-    ) as engine:
+    with open_engine(export_gguf(broken, folder / "broken.gguf", "f32", spec), parallel=1) as engine:
         healthy = [BOS, *range(310, 330)]
         answers = dict(engine.run([Task(healthy, [0]), Task([*healthy, 300], [0])]))
     assert np.isfinite(scores(answers[0])).all() and np.isnan(scores(answers[1])).all()

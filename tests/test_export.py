@@ -14,30 +14,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_merge import OPTIONS, base_model, make_adapter
-from tiny import (
-    FAMILIES,
-    SHARED,
-    make_family,
-    make_gemma_spm,
-    make_phi_spm,
-    make_sentences,
-    make_spm,
-)
 from safetensors.torch import load_file, save_file
+from test_merge import OPTIONS, base_model, make_adapter
+from tiny import FAMILIES, SHARED, make_family, make_gemma_spm, make_phi_spm, make_sentences, make_spm
 from transformers import AutoTokenizer
 
-from tract_lite import disk, parity
-from tract_lite.converter import llama_cpp_source, read_spec
-from tract_lite.engine import LlamaEngine
-from tract_lite.gguf import export_adapter, export_gguf
+from tract_lite.data.records import read_records
+from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.llama_cpp import Context, load_adapter, load_model, quiet_llama, read_spec, set_adapter
+from tract_lite.export import model_folder as disk, parity
+from tract_lite.export.converter import llama_cpp_source
+from tract_lite.export.gguf import export_adapter, export_gguf
+from tract_lite.export.merge import merge_adapter
+from tract_lite.export.parity import check_export
 from tract_lite.judge import Judge
-from tract_lite.llama import Context, load_model, quiet_llama
-from tract_lite.llama_adapter import load_adapter, set_adapter
-from tract_lite.merge import merge_adapter
-from tract_lite.parity import check_export
 from tract_lite.prompt import prompt_ids
-from tract_lite.records import Record, read_records
+from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
@@ -174,19 +166,14 @@ def adapters(small):
     folders = [folder / "adapter", make_adapter(seed, folder / "other", **ways)]
     spec = json.loads(JudgeSpec.load(folders[1]).to_json()) | {"template": "{{ response }}"}
     JudgeSpec.from_json(json.dumps(spec)).save(folders[1])
-    files = [
-        export_adapter(path, seed, folder / f"{path.name}.gguf", check=path is folders[0])
-        for path in folders
-    ]
+    files = [export_adapter(path, seed, folder / f"{path.name}.gguf", check=path is folders[0]) for path in folders]
     base = export_gguf(seed, folder / "base.gguf", "f32")
     return SimpleNamespace(seed=seed, base=base, folders=folders, files=files)
 
 
 def test_one_base_with_adapters_in_turn_is_each_judge(adapters):
     ids = score_ids(JudgeSpec.load(adapters.folders[0]))
-    first, second, first_again, none = llama_logits(
-        adapters.base, ids, *adapters.files, adapters.files[0], None
-    )
+    first, second, first_again, none = llama_logits(adapters.base, ids, *adapters.files, adapters.files[0], None)
     for folder, found in zip(adapters.folders, (first, second)):
         merged = merge_adapter(adapters.seed, folder, folder.parent / "again", base="16bit")
         expected = torch_logits(base_model(merged), ids)
@@ -268,17 +255,11 @@ def test_export_and_cleanup_need_no_network(small, tmp_path):
         "export_gguf(*sys.argv[1:], ('f16', 'q4_k_m'), cleanup=True)"
     )
     environment = {**ONE_THREAD, "LLAMA_CPP_DIR": str(llama_cpp_source()), "PYTHONPATH": "."}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        (str(tmp_path), str(Path(parity.__file__).parents[1]))
-    )
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(Path(parity.__file__).parents[1])))
     arguments = [str(merged), str(tmp_path / "judge.gguf")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment)
     assert done.returncode == 0
-    assert {path.name for path in tmp_path.glob("*.*")} == {
-        "judge-f16.gguf",
-        "judge-q4_k_m.gguf",
-        "sitecustomize.py",
-    }
+    assert {path.name for path in tmp_path.glob("*.*")} == {"judge-f16.gguf", "judge-q4_k_m.gguf", "sitecustomize.py"}
     assert not merged.exists()
     # A call that is killed while it removes the folder leaves such a one, and is called again.
     shutil.copytree(small, tmp_path / "merged.0killed0.part")
@@ -296,9 +277,7 @@ def test_a_killed_export_is_finished_by_the_next_one(small, tmp_path):
     environment = {**ONE_THREAD, "PYTHONPATH": str(Path(parity.__file__).parents[1])}
     # While the converter starts, and while the other types are made of what it wrote.
     for moment in ("*.part", "*.part/q8_0.gguf"):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(small), str(out)], env=environment
-        )
+        child = subprocess.Popen([sys.executable, "-c", code, str(small), str(out)], env=environment)
         while not list(tmp_path.glob(moment)) and child.poll() is None:
             time.sleep(0.001)
         child.send_signal(signal.SIGKILL)

@@ -7,14 +7,13 @@ from llama_cpp import llama_model_free
 from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
-from tract_lite.engine import LlamaEngine
-from tract_lite.converter import llama_cpp_source, read_spec
-from tract_lite.gguf import export_gguf
-from tract_lite.llama import load_model
-from tract_lite.prompt import make_spec
-from tract_lite.sampling import Task
+from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.llama_cpp import load_model, read_spec
+from tract_lite.engines.task import Task
+from tract_lite.export.converter import llama_cpp_source
+from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec
+from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 TOKENIZERS = Path(__file__).parents[1].parent / "shared" / "tokenizers"

@@ -12,13 +12,13 @@ from llama_cpp import llama_model_free
 from tiny import SHARED, VOCABULARIES, load_tokenizer, make_llama, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tract_lite.gguf import export_gguf
+from tract_lite.engines.llama_cpp import load_model
+from tract_lite.export.gguf import export_gguf
 from tract_lite.judge import Judge
-from tract_lite.llama import load_model
-from tract_lite.prompt import DEFAULT_TEMPLATE, make_spec, prompt_ids
-from tract_lite.records import Record, Rubric
+from tract_lite.prompt import prompt_ids
+from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import MARKER, Sampling
+from tract_lite.spec import DEFAULT_TEMPLATE, MARKER, Sampling, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, clean_text
 
 ROOT = Path(__file__).parents[1]
@@ -71,9 +71,7 @@ def make_model(name: str, folder: Path):
 def judge(request, tmp_path_factory):
     folder, spec = make_model(request.param, tmp_path_factory.mktemp(request.param))
     path = export_gguf(folder, folder.parent / "judge.gguf", "f32")
-    with Judge.from_gguf(
-        path, parallel=4, threads=1, flash_attention=False, cache_type="f32"
-    ) as judge:
+    with Judge.from_gguf(path, parallel=4, threads=1, flash_attention=False, cache_type="f32") as judge:
         yield folder, judge
 
 
@@ -110,9 +108,7 @@ def check(judgements, model, tokenizer, spec) -> None:
         ids = [*prompt, *judgement.feedback_ids[0], *spec.marker_ids]
         # The labels of a random model have little probability: only ratios can tell.
         np.testing.assert_allclose(
-            np.log(list(judgement.probabilities.values())),
-            label_log_probabilities(model, ids, spec),
-            atol=1e-3,
+            np.log(list(judgement.probabilities.values())), label_log_probabilities(model, ids, spec), atol=1e-3
         )
 
 
@@ -130,9 +126,7 @@ def test_hostile_text_does_not_move_the_score_position_in_transformers(judge, mo
     check(list(engine.score_many(map(make_record, HOSTILE.values()))), model, tokenizer, spec)
 
 
-def test_a_hundred_kilobytes_of_one_letter_are_refused_and_the_rest_is_judged(
-    judge, model, tokenizer
-):
+def test_a_hundred_kilobytes_of_one_letter_are_refused_and_the_rest_is_judged(judge, model, tokenizer):
     _, judge = judge
     records = [make_record(text) for text in ("fine", "a" * 100_000, "fine too")]
     for backend in (judge, Judge.from_model(model, tokenizer, judge.spec)):
@@ -154,9 +148,7 @@ def test_a_text_is_the_same_ids_in_both_libraries_and_none_of_them_special(name)
             ids = expected_ids(make_record(text), spec, tokenizer)
             assert ids == prompt_ids(make_record(text), spec, other)
             # SentencePiece spells a space as U+2581, so it reads one as the other.
-            read, written = (
-                part.replace("\u2581", " ") for part in (vocabulary.decode(ids), clean_text(text))
-            )
+            read, written = (part.replace("\u2581", " ") for part in (vocabulary.decode(ids), clean_text(text)))
             assert read.count(written) >= 5
     finally:
         llama_model_free(loaded)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tract_lite.jsonl import append_rows, keep_rows, read_rows, write_json, write_rows
+from tract_lite.data.jsonl import append_rows, keep_rows, read_rows, write_json, write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,15 +102,7 @@ def test_a_lone_surrogate_survives(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        "id,score\n1,2\n",
-        "some notes",
-        json.dumps([{"id": 1}]) + "\n",
-        "\n",
-        b"\xff\n",
-        "[" * 100_000 + "\n",
-    ],
+    "content", ["id,score\n1,2\n", "some notes", json.dumps([{"id": 1}]) + "\n", "\n", b"\xff\n", "[" * 100_000 + "\n"]
 )
 def test_what_is_no_jsonl_is_refused_by_name(tmp_path, content):
     path = tmp_path / "rows.jsonl"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny import WritingEngine, load_tokenizer, make_family, make_sentences, make_spm
 
+from tract_lite.engines.task import Sample
 from tract_lite.judge import Judge
-from tract_lite.prompt import make_spec, prompt_ids
-from tract_lite.records import Record, Rubric
-from tract_lite.sampling import Sample
+from tract_lite.prompt import prompt_ids
+from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
-from tract_lite.seed import load_seed
-from tract_lite.spec import Sampling
+from tract_lite.spec import Sampling, make_spec
+from tract_lite.training.seed_model import load_seed
 from tract_lite.vocabulary import TransformersVocabulary
 
 VALUES = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -51,9 +51,7 @@ def test_score_is_the_expectation_and_mass_what_the_labels_hold():
     judgement = judge_fixed([0.1, 0.1, 0.2, 0.3, 0.1])
     assert judgement.score == pytest.approx(0.1 + 0.2 + 0.6 + 1.2 + 0.5)
     assert judgement.mass == pytest.approx(0.8)
-    assert judgement.probabilities == pytest.approx(
-        {"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.3, "5": 0.1}
-    )
+    assert judgement.probabilities == pytest.approx({"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.3, "5": 0.1})
     assert judgement.scores == [pytest.approx(judgement.score)]
 
 
@@ -127,9 +125,7 @@ def test_no_records_give_no_judgements():
 
 def test_records_are_taken_as_they_are_needed():
     taken = []
-    judgements = Judge(make_engine()).score_many(
-        taken.append(r) or r for r in make_records(*"abcdefghijkl")
-    )
+    judgements = Judge(make_engine()).score_many(taken.append(r) or r for r in make_records(*"abcdefghijkl"))
     next(judgements)
     assert len(taken) < 12
 
@@ -223,10 +219,7 @@ def test_top_log_probabilities_leave_a_bound_on_the_error():
         def run(self, tasks):
             for index, task in enumerate(tasks):
                 seen = np.log([0.1, 0.1, 0.2, 0.3, 0.1])
-                yield (
-                    index,
-                    [Sample([5], False, seen, 0.1 * n, 0.2 * n) for n, _ in enumerate(task.seeds)],
-                )
+                yield (index, [Sample([5], False, seen, 0.1 * n, 0.2 * n) for n, _ in enumerate(task.seeds)])
 
     served = Judge(make_engine(ServingEngine)).score(make_records("x")[0], n_cot=3)
     assert served.missing_mass == pytest.approx(0.1) and served.error_bound == pytest.approx(0.2)
@@ -237,9 +230,7 @@ def test_top_log_probabilities_leave_a_bound_on_the_error():
 @pytest.mark.parametrize("n_cot", [0, -1])
 def test_an_item_without_any_reasoning_is_an_error_and_is_not_lost(n_cot):
     judge = Judge(make_engine())
-    assert all(
-        judgement.error for judgement in judge.score_many(make_records("a", "b"), n_cot=n_cot)
-    )
+    assert all(judgement.error for judgement in judge.score_many(make_records("a", "b"), n_cot=n_cot))
     given = list(judge.score_many(make_records("a", "b"), reasonings=[[], [[5]]]))
     assert [bool(judgement.error) for judgement in given] == [True, False]
 
@@ -259,12 +250,8 @@ def test_a_sample_depends_on_seed_record_and_number_alone():
     records = make_records(*"abcdef")
     many = list(judge.score_many(records, n_cot=2))
     assert [judge.score(record, n_cot=2) for record in records] == many
-    assert [j.scores for j in judge.score_many(records[::-1], n_cot=2)][::-1] == [
-        j.scores for j in many
-    ]
-    assert [j.scores[0] for j in many] == pytest.approx(
-        [j.score for j in judge.score_many(records)]
-    )
+    assert [j.scores for j in judge.score_many(records[::-1], n_cot=2)][::-1] == [j.scores for j in many]
+    assert [j.scores[0] for j in many] == pytest.approx([j.score for j in judge.score_many(records)])
     assert judge.score(records[0], seed=1).score != judge.score(records[0]).score
     assert len({score for judgement in many for score in judgement.scores}) == 12
 
@@ -281,9 +268,7 @@ def test_the_prompt_of_a_record_is_the_one_of_training():
     engine = make_engine()
     record = Record("Add 2 and 2.", "It is 4.", Rubric("Is it right?"), id="1")
     Judge(engine).score(record)
-    assert engine.prompts == [
-        engine.vocabulary.decode(prompt_ids(record, engine.spec, engine.vocabulary))
-    ]
+    assert engine.prompts == [engine.vocabulary.decode(prompt_ids(record, engine.spec, engine.vocabulary))]
 
 
 def test_feedback_is_the_text_of_its_ids_and_truncation_is_told():
@@ -304,14 +289,10 @@ def test_a_judgement_is_a_row_of_json():
 def test_a_merged_folder_is_a_judge_and_closing_frees_it(tmp_path):
     folder = make_family(tmp_path / "model", make_spm(tmp_path / "spm", make_sentences()), "llama")
     _, tokenizer = load_seed(folder, False, backend="transformers")
-    spec = make_spec(
-        tokenizer, ScoreScale.integers(1, 5), max_length=200, sampling=Sampling(max_new_tokens=5)
-    )
+    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=200, sampling=Sampling(max_new_tokens=5))
     spec.save(folder)
     with Judge.from_pretrained(folder, batch_size=2) as judge:
-        judgements = list(
-            judge.score_many(make_records("The answer.", "is " * 300, "kind"), n_cot=2)
-        )
+        judgements = list(judge.score_many(make_records("The answer.", "is " * 300, "kind"), n_cot=2))
         assert [bool(judgement.error) for judgement in judgements] == [False, True, False]
         assert 0 < judgements[0].mass < 1 and len(judgements[0].feedback) == 2
     assert judge.engine.model is None

@@ -5,8 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tract_lite import Record
 from tract_lite.judgement import Judgement
@@ -33,9 +32,7 @@ def make(*probabilities: float, scores=(2.5,), values=VALUES, **fields) -> Judge
 
 
 def test_the_spread_is_the_standard_deviation_between_reasonings():
-    assert make(0.2, 0.3, 0.5, scores=(1.0, 2.0, 4.5)).spread == pytest.approx(
-        np.std([1.0, 2.0, 4.5], ddof=1)
-    )
+    assert make(0.2, 0.3, 0.5, scores=(1.0, 2.0, 4.5)).spread == pytest.approx(np.std([1.0, 2.0, 4.5], ddof=1))
     assert math.isnan(make(0.2, 0.3, 0.5).spread)
     assert math.isnan(Judgement("a", error="no").spread)
 
@@ -47,9 +44,7 @@ def test_a_row_has_the_spread_and_none_for_what_is_not_known():
     assert row["spread"] is row["score"] is None and row["error"] == "no"
 
 
-@pytest.mark.parametrize(
-    "judgement", [make(0.2, 0.3, 0.5, scores=(1.0, 2.0)), Judgement(None, error="no")]
-)
+@pytest.mark.parametrize("judgement", [make(0.2, 0.3, 0.5, scores=(1.0, 2.0)), Judgement(None, error="no")])
 def test_a_row_becomes_the_judgement_again(judgement):
     row = json.loads(json.dumps(judgement.to_row() | {"gold": 3.0, "key": "k"}))
     again = Judgement.from_row(row)
@@ -120,9 +115,7 @@ def test_an_explanation_shows_the_reasoning_a_bar_for_each_label_and_the_figures
 def test_an_explanation_with_the_record_shows_what_was_judged():
     record = Record("Bake a loaf.", "Use flour.\n\nThen " + "wait " * 500, score=4, id="a")
     text = make(0.1, 0.25, 0.6).explain(record, 60)
-    assert text.startswith(
-        "Item a\n\nInstruction\n  Bake a loaf.\n\nResponse\n  Use flour.\n\n  Then"
-    )
+    assert text.startswith("Item a\n\nInstruction\n  Bake a loaf.\n\nResponse\n  Use flour.\n\n  Then")
     assert "… (2,517 characters)" in text and text.endswith("gold 4")
     assert "Prompt\n  Ask it so." in make(1, 0, 0).explain(Record(prompt="Ask it so."), 60)
 
@@ -147,13 +140,7 @@ def test_labels_that_are_words_show_their_values():
 @pytest.mark.parametrize("width", [1, 32, 50, 80, 200])
 def test_no_line_is_wider_than_the_terminal(width):
     judgement = make(
-        1e-9,
-        0.0,
-        0.8,
-        scores=(2.0, 3.0),
-        feedback=["word " * 60, "x" * 300],
-        truncated=True,
-        error_bound=0.01,
+        1e-9, 0.0, 0.8, scores=(2.0, 3.0), feedback=["word " * 60, "x" * 300], truncated=True, error_bound=0.01
     )
     record = Record("Why? " * 40, "tab\tand\n" * 30, score=2.5, id="a")
     assert max(map(len, judgement.explain(record, width).splitlines())) <= max(width, 32)
@@ -173,8 +160,7 @@ def test_the_width_is_that_of_the_terminal(monkeypatch):
         ({"mass": 0.89}, "! only 0.89 of the probability lies on the labels"),
         (
             {"missing_mass": 0.02, "error_bound": 0.08},
-            "! read from the top log-probabilities, which miss 0.02 of the probability: "
-            "the score may be off by 0.08",
+            "! read from the top log-probabilities, which miss 0.02 of the probability: the score may be off by 0.08",
         ),
     ],
 )
@@ -195,6 +181,6 @@ def test_text_can_t_steer_the_terminal():
     text = judgement.explain(Record(nasty, nasty), 80)
     assert not set(nasty) & set(text) - set("red turned[31m2J ")
     assert text.encode("utf-8").count("\ufffd".encode()) >= 20
-    assert "e\u0301 👩\u200d🚀 می\u200cخواهم" in make(
-        1, 0, 0, feedback=["e\u0301 👩\u200d🚀 می\u200cخواهم"]
-    ).explain(width=80)
+    assert "e\u0301 👩\u200d🚀 می\u200cخواهم" in make(1, 0, 0, feedback=["e\u0301 👩\u200d🚀 می\u200cخواهم"]).explain(
+        width=80
+    )

@@ -13,18 +13,7 @@ loss encode seed settings trainer preflight train adapter merge
 llama converter llama_adapter draw slots engine torch_engine
 server_http server_protocols server_text server_engine judgement judge judge_output judge_command
 self_cot estimate parity gguf model_card report __main__""".split()
-NEED_TORCH = {
-    "encode",
-    "loss",
-    "seed",
-    "trainer",
-    "preflight",
-    "train",
-    "adapter",
-    "merge",
-    "torch_engine",
-    "estimate",
-}
+NEED_TORCH = {"encode", "loss", "seed", "trainer", "preflight", "train", "adapter", "merge", "torch_engine", "estimate"}
 HEAVY = ("torch", "transformers", "peft", "datasets", "llama_cpp", "scipy", "matplotlib", "numpy")
 
 

@@ -5,9 +5,9 @@ import llama_cpp
 import pytest
 from tiny import make_llama, make_sentences, make_spm
 
-from tract_lite import llama
-from tract_lite.gguf import export_gguf
-from tract_lite.llama import Context, load_model
+from tract_lite.engines import llama_cpp as llama
+from tract_lite.engines.llama_cpp import Context, load_model
+from tract_lite.export.gguf import export_gguf
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,7 @@ def load(path, **options) -> None:
 
 
 @pytest.mark.parametrize("by_default", [True, False])
-def test_weights_are_never_repacked_unasked_where_amx_could_crash(
-    path, loaded, by_default, monkeypatch, caplog
-):
+def test_weights_are_never_repacked_unasked_where_amx_could_crash(path, loaded, by_default, monkeypatch, caplog):
     monkeypatch.setattr(llama, "REPACK", by_default)
     pretend(monkeypatch, "AMX_INT8 = 1")
     with caplog.at_level(logging.INFO, logger="tract_lite.llama"):
@@ -69,9 +67,7 @@ def test_who_asks_for_repacked_weights_or_against_them_is_heard(path, loaded, mo
 
 
 @pytest.mark.parametrize("share, why", [(0.5, "not within the file bounds"), (0.01, "failed to")])
-def test_a_torn_file_gives_one_line_that_says_why_and_nothing_louder(
-    path, share, why, tmp_path, caplog, capfd
-):
+def test_a_torn_file_gives_one_line_that_says_why_and_nothing_louder(path, share, why, tmp_path, caplog, capfd):
     whole, torn = path.read_bytes(), tmp_path / "torn.gguf"
     torn.write_bytes(whole[: int(share * len(whole))])
     caplog.set_level(logging.DEBUG, logger="tract_lite.llama")

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tract_lite import loss as loss_module
 from tract_lite.loss import IGNORE_INDEX, cot_raft_loss
@@ -9,17 +8,7 @@ from tract_lite.loss import IGNORE_INDEX, cot_raft_loss
 VALUES = (1.0, 2.0, 3.5, 5.0)
 
 
-def make_batch(
-    batch=8,
-    length=9,
-    hidden=6,
-    vocabulary=31,
-    *,
-    seed=0,
-    scoreless=0,
-    scale=1.0,
-    dtype=torch.float64,
-):
+def make_batch(batch=8, length=9, hidden=6, vocabulary=31, *, seed=0, scoreless=0, scale=1.0, dtype=torch.float64):
     """Random arguments of `cot_raft_loss`; the last `scoreless` rows have no score."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (batch, length), generator=draw)
@@ -29,11 +18,8 @@ def make_batch(
     labels[torch.arange(batch), positions] = ids[torch.randint(len(ids), (batch,), generator=draw)]
     positions[batch - scoreless :] = -1
     return {
-        "hidden_states": scale
-        * torch.randn(batch, length, hidden, generator=draw, dtype=torch.float64).to(dtype),
-        "lm_head_weight": torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64).to(
-            dtype
-        ),
+        "hidden_states": scale * torch.randn(batch, length, hidden, generator=draw, dtype=torch.float64).to(dtype),
+        "lm_head_weight": torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64).to(dtype),
         "labels": labels,
         "score_positions": positions,
         "score_token_ids": ids,
@@ -76,16 +62,9 @@ def plain_loss(
 
 def with_gradients(function, batch, **options):
     """What `function` returns and the gradients of hidden states and head."""
-    leaves = {
-        name: batch[name].detach().clone().requires_grad_(True)
-        for name in ("hidden_states", "lm_head_weight")
-    }
+    leaves = {name: batch[name].detach().clone().requires_grad_(True) for name in ("hidden_states", "lm_head_weight")}
     result = function(**{**batch, **leaves}, **options)
-    fields = (
-        result
-        if isinstance(result, tuple)
-        else (result.loss, result.ce, result.raft, result.predictions)
-    )
+    fields = result if isinstance(result, tuple) else (result.loss, result.ce, result.raft, result.predictions)
     if fields[0].requires_grad:
         fields[0].backward()
     return [f.detach() for f in fields], [leaf.grad for leaf in leaves.values()]
@@ -128,10 +107,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(shape, options, preci
     ours, our_gradients = with_gradients(cot_raft_loss, batch, **options)
     theirs, their_gradients = with_gradients(
         plain_loss,
-        {
-            name: value.double() if value.is_floating_point() else value
-            for name, value in batch.items()
-        },
+        {name: value.double() if value.is_floating_point() else value for name, value in batch.items()},
         **options,
     )
     assert_close(ours, theirs, tolerance)
@@ -145,19 +121,13 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
     (loss, *rest), gradients = with_gradients(cot_raft_loss, batch)
     theirs, their_gradients = with_gradients(
         cot_raft_loss,
-        {
-            **batch,
-            "hidden_states": batch["hidden_states"].float(),
-            "lm_head_weight": batch["lm_head_weight"].float(),
-        },
+        {**batch, "hidden_states": batch["hidden_states"].float(), "lm_head_weight": batch["lm_head_weight"].float()},
     )
     assert loss.dtype == torch.float32
     assert_close([loss, *rest], theirs, 1e-6)
     for ours, expected in zip(gradients, their_gradients):
         assert ours.dtype == dtype
-        torch.testing.assert_close(
-            ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
-        )
+        torch.testing.assert_close(ours, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
@@ -211,10 +181,7 @@ def test_splitting_a_batch_gives_the_same_gradient(size):
     per_row = ("hidden_states", "labels", "score_positions", "targets")
     hidden, head = [], torch.zeros_like(whole[1])
     for start in range(0, 8, size):
-        part = {
-            name: value[start : start + size] if name in per_row else value
-            for name, value in batch.items()
-        }
+        part = {name: value[start : start + size] if name in per_row else value for name, value in batch.items()}
         _, (hidden_gradient, head_gradient) = with_gradients(cot_raft_loss, part, **counts)
         hidden.append(hidden_gradient)
         head += head_gradient

@@ -18,18 +18,14 @@ from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
 from tract_lite import __version__
-from tract_lite.engine import MAX_PARALLEL
-from tract_lite.gguf import export_gguf
-from tract_lite.jsonl import append_rows, read_rows
-from tract_lite.prompt import make_spec
+from tract_lite.data.jsonl import append_rows, read_rows
+from tract_lite.engines.llama import MAX_PARALLEL
+from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, Sampling
+from tract_lite.spec import JudgeSpec, Sampling, make_spec
 
 ROOT = Path(__file__).parents[1]
-ROWS = [
-    {"response": text, "criteria": "Is it clear?", "score": n % 5 + 1}
-    for n, text in enumerate(make_sentences(6))
-]
+ROWS = [{"response": text, "criteria": "Is it clear?", "score": n % 5 + 1} for n, text in enumerate(make_sentences(6))]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +69,7 @@ def call(*arguments, stdin="", **options):
 
 
 def judge(folder, source, output, *options, stdin=""):
-    done = call(
-        "judge", folder / "judge.gguf", source, "-o", output, "--threads", 1, *options, stdin=stdin
-    )
+    done = call("judge", folder / "judge.gguf", source, "-o", output, "--threads", 1, *options, stdin=stdin)
     assert done.returncode == 0, done.stderr
     return done, read_rows(output.with_suffix(".jsonl"))
 
@@ -94,9 +88,7 @@ def test_a_file_is_judged_row_by_row_with_progress(folder, data, tmp_path):
 def whole(folder, tmp_path_factory):
     """The input as JSONL, and the output of one call that judged all of it."""
     folder_of_run = tmp_path_factory.mktemp("whole")
-    append_rows(
-        folder_of_run / "data.jsonl", ({**row, "id": f"item {n}"} for n, row in enumerate(ROWS))
-    )
+    append_rows(folder_of_run / "data.jsonl", ({**row, "id": f"item {n}"} for n, row in enumerate(ROWS)))
     judge(folder, folder_of_run / "data.jsonl", folder_of_run / "out.jsonl", "--n-cot", 2)
     return folder_of_run
 
@@ -186,10 +178,7 @@ def only_error(done) -> str:
 
 
 def test_failed_items_are_judged_again_and_the_table_keeps_the_order_of_the_input(folder, tmp_path):
-    rows = [
-        {"id": f"i{n}", "response": "so " * (120 if n % 2 else 3), "criteria": "c", "score": n}
-        for n in range(4)
-    ]
+    rows = [{"id": f"i{n}", "response": "so " * (120 if n % 2 else 3), "criteria": "c", "score": n} for n in range(4)]
     append_rows(tmp_path / "data.jsonl", rows)
     table = tmp_path / "out.csv"
     options = ("-o", table, "--threads", 1, "--context-length")
@@ -210,12 +199,7 @@ def test_failed_items_are_judged_again_and_the_table_keeps_the_order_of_the_inpu
         found = list(csv.DictReader(file))
     assert [row["id"] for row in found] == ["i0", "i1", "i2", "i3"]
     assert [float(row["gold"]) for row in found] == [0, 1, 2, 3]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "data.jsonl",
-        "out.csv",
-        "out.jsonl",
-        "out.run.json",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "out.csv", "out.jsonl", "out.run.json"}
 
 
 def test_a_table_holds_the_figures_of_the_rows(folder, whole, tmp_path):
@@ -228,19 +212,9 @@ def test_a_table_holds_the_figures_of_the_rows(folder, whole, tmp_path):
         written = list(csv.DictReader(file))
     table = read_table(tmp_path / "out.parquet")
     assert table.column_names == list(written[0])
-    assert {
-        "id",
-        "score",
-        "std",
-        "mode",
-        "mass",
-        "p_1",
-        "p_5",
-        "truncated",
-        "error",
-        "gold",
-        "feedback",
-    } <= set(table.column_names)
+    assert {"id", "score", "std", "mode", "mass", "p_1", "p_5", "truncated", "error", "gold", "feedback"} <= set(
+        table.column_names
+    )
     for row, text, cells in zip(rows, written, table.to_pylist(), strict=True):
         assert cells["id"] == text["id"] == row["id"] and cells["error"] is None
         for name in ("score", "std", "spread", "mode", "mass", "error_bound", "gold"):
@@ -318,9 +292,7 @@ def many(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_call_that_is_stopped_leaves_whole_rows_and_goes_on_without_judging_twice(
-    folder, many, tmp_path, number
-):
+def test_a_call_that_is_stopped_leaves_whole_rows_and_goes_on_without_judging_twice(folder, many, tmp_path, number):
     output = tmp_path / "out.jsonl"
     for _ in range(2):
         process = start(folder, many, output)
@@ -357,9 +329,7 @@ def test_a_full_disk_leaves_whole_rows_and_a_later_call_goes_on(folder, many, tm
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])
-def test_standard_output_that_takes_nothing_is_one_line_and_the_rows_are_there(
-    folder, data, tmp_path, target
-):
+def test_standard_output_that_takes_nothing_is_one_line_and_the_rows_are_there(folder, data, tmp_path, target):
     if target == "/dev/full":
         stdout = open(target, "w")
     else:
@@ -379,9 +349,7 @@ def test_closed_streams_do_not_stop_the_judging(folder, data, tmp_path):
         os.close(1)
         os.close(2)
 
-    done = call(
-        "judge", folder / "judge.gguf", data, "-o", output, "--threads", 1, preexec_fn=close
-    )
+    done = call("judge", folder / "judge.gguf", data, "-o", output, "--threads", 1, preexec_fn=close)
     assert done.returncode == 0 and len(read_rows(output)) == 6
 
 
@@ -444,10 +412,7 @@ def lie(folder, **told):
         (lambda folder: lambda *_: (200, {}), "offers no models"),
         (gone_after_a_while, "answered HTTP 500"),
         (lambda folder: lie(folder, logprobs=None), "--max-logprobs"),
-        (
-            lambda folder: lie(folder, logprobs={"top_logprobs": [{"token_id:5": 0.7}]}),
-            "0.7 is no log-probability",
-        ),
+        (lambda folder: lie(folder, logprobs={"top_logprobs": [{"token_id:5": 0.7}]}), "0.7 is no log-probability"),
     ],
 )
 def test_a_server_that_fails_is_one_line_and_exit_code_1(folder, data, tmp_path, behaviour, words):
@@ -563,10 +528,7 @@ def test_report_prints_where_the_page_is(tmp_path):
             ("judge", "{judge}", "{data}", "-o", "{out}", "--server-model", "x"),
             "--server-model is for the URL of a server",
         ),
-        (
-            ("judge", "http://localhost:1", "{data}", "-o", "{out}", "--threads", "2"),
-            "--threads is for a GGUF file",
-        ),
+        (("judge", "http://localhost:1", "{data}", "-o", "{out}", "--threads", "2"), "--threads is for a GGUF file"),
         (("judge", "http://", "{data}", "-o", "{out}"), "is no server's address"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--parallel", "0"), "--parallel must be at"),
         (
@@ -575,10 +537,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         ),
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "other rows than judgements"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
-        (
-            ("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"),
-            "--n-cot must be at least 1",
-        ),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"), "--n-cot must be at least 1"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at"),
         (("export", "none", "-o", "{out}"), "none is not a model folder"),
         (("evaluate", "none.jsonl"), "no file none.jsonl"),
@@ -586,9 +545,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("report", "none"), "nothing to report"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
-    folder, data, tmp_path, arguments, words
-):
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, data, tmp_path, arguments, words):
     plain = tmp_path / "plain.jsonl"
     append_rows(plain, [{"id": "a"}, {"id": "b"}])
     (tmp_path / "notes.jsonl").write_text("some notes\n")

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_family, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer
 
-from tract_lite import merge
-from tract_lite.merge import merge_adapter
-from tract_lite.prompt import make_spec
+from tract_lite.export import merge
+from tract_lite.export.merge import merge_adapter
 from tract_lite.scale import ScoreScale
-from tract_lite.seed import load_adapter, load_seed
-from tract_lite.spec import JudgeSpec
+from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.training.seed_model import load_adapter, load_seed
 
 # Gemma ties its embeddings and scales its queries by a number of the config.
 OPTIONS = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
@@ -28,11 +27,7 @@ VARIANTS = {
         "rank_pattern": {"o_proj": 2, r"layers\.1\.mlp\.down_proj": 6},
         "alpha_pattern": {r"layers\.0\..*down_proj": 5, "down_proj": 40, "proj": 99, "o_proj": 7},
     },
-    "rslora with patterns": {
-        "use_rslora": True,
-        "rank_pattern": {"down_proj": 3},
-        "alpha_pattern": {"o_proj": 1},
-    },
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"o_proj": 1}},
 }
 
 
@@ -43,9 +38,7 @@ def base_model(folder: Path):
 def make_adapter(seed: Path, folder: Path, tokenizer=None, **options) -> Path:
     """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
     torch.manual_seed(1)
-    config = LoraConfig(
-        r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options
-    )
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     model = get_peft_model(base_model(seed), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,18 +57,12 @@ def spm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seeds(spm):
-    return {
-        family: make_family(spm.parent / family, spm, family, **OPTIONS.get(family, {}))
-        for family in FAMILIES
-    }
+    return {family: make_family(spm.parent / family, spm, family, **OPTIONS.get(family, {})) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def adapters(seeds, spm):
-    return {
-        family: make_adapter(seed, spm.parent / f"{family}-adapter")
-        for family, seed in seeds.items()
-    }
+    return {family: make_adapter(seed, spm.parent / f"{family}-adapter") for family, seed in seeds.items()}
 
 
 @torch.no_grad()
@@ -133,17 +120,13 @@ def four_bits(seeds, tmp_path):
 
 def test_a_seed_saved_in_4_bits_merges_too(four_bits, adapters, tmp_path):
     assert any(name.endswith("absmax") for name in load_file(four_bits / "model.safetensors"))
-    expected = logits_of(
-        load_adapter(load_seed(four_bits, backend="transformers")[0], adapters["llama"])
-    )
+    expected = logits_of(load_adapter(load_seed(four_bits, backend="transformers")[0], adapters["llama"]))
     merged = merge_adapter(four_bits, adapters["llama"], tmp_path / "merged")
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
 
 
-def test_layers_that_a_4_bit_seed_keeps_in_16_bits_are_merged_as_they_are(
-    seeds, adapters, tmp_path
-):
+def test_layers_that_a_4_bit_seed_keeps_in_16_bits_are_merged_as_they_are(seeds, adapters, tmp_path):
     skipped = "model.layers.0.mlp"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -155,9 +138,7 @@ def test_layers_that_a_4_bit_seed_keeps_in_16_bits_are_merged_as_they_are(
     seed = tmp_path / "llama"
     model.save_pretrained(seed)
     AutoTokenizer.from_pretrained(seeds["llama"]).save_pretrained(seed)
-    expected = logits_of(
-        load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"])
-    )
+    expected = logits_of(load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"]))
     merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
 
@@ -171,9 +152,7 @@ def test_16_bit_tensors_stay_16_bit_and_are_rounded_once(seeds, adapters, tmp_pa
     stored = load_file(next((tmp_path / "merged").glob("*.safetensors")))
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     for name, weight in exact.state_dict().items():
-        torch.testing.assert_close(
-            merged.state_dict()[name], weight.bfloat16().float(), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(merged.state_dict()[name], weight.bfloat16().float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("base", ["4bit", "16bit"])
@@ -238,9 +217,7 @@ def test_tied_embeddings_stay_tied(spm, tmp_path):
     assert_merged_like_peft(seed, adapter, tmp_path / "16bit")
 
 
-def test_tokenizer_files_are_copied_byte_for_byte_and_the_spec_comes_along(
-    seeds, adapters, tmp_path
-):
+def test_tokenizer_files_are_copied_byte_for_byte_and_the_spec_comes_along(seeds, adapters, tmp_path):
     merged = merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
     for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         assert (merged / name).read_bytes() == (seeds["llama"] / name).read_bytes()
@@ -279,9 +256,7 @@ def test_a_seed_may_move_but_not_change(seeds, adapters, spm, tmp_path):
         merge_adapter(other, adapters["llama"], tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    "base", ["/long/gone/elsewhere", "nobody/elsewhere", "nobody/elsewhere-bnb-4bit"]
-)
+@pytest.mark.parametrize("base", ["/long/gone/elsewhere", "nobody/elsewhere", "nobody/elsewhere-bnb-4bit"])
 def test_a_seed_out_of_reach_is_known_by_its_name(seeds, adapters, tmp_path, monkeypatch, base):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     adapter = renamed(adapters["llama"], tmp_path / "adapter", base)
@@ -293,9 +268,7 @@ def test_a_seed_out_of_reach_is_known_by_its_name(seeds, adapters, tmp_path, mon
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "norm"]]
-)
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "norm"]])
 def test_modules_to_save_take_the_seeds_place_and_untie_as_in_peft(spm, tmp_path, tied, saved):
     seed = make_family(tmp_path / "seed", spm, "llama", tie_word_embeddings=tied)
     adapter = make_adapter(seed, tmp_path / "adapter", modules_to_save=saved)
@@ -309,9 +282,7 @@ def test_modules_to_save_take_the_seeds_place_and_untie_as_in_peft(spm, tmp_path
 
 def test_embeddings_that_peft_keeps_tied_stay_tied(spm, tmp_path):
     seed = make_family(tmp_path / "seed", spm, "llama", tie_word_embeddings=True)
-    adapter = make_adapter(
-        seed, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True
-    )
+    adapter = make_adapter(seed, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     merged = merge_adapter(seed, adapter, tmp_path / "merged", base="16bit")
     assert_merged_like_peft(seed, adapter, merged)
     assert base_model(merged).config.tie_word_embeddings
@@ -326,9 +297,7 @@ def test_what_is_not_lora_on_linear_layers_is_refused(seeds, tmp_path):
 
 
 def test_an_adapter_without_a_spec_is_refused(seeds, adapters, tmp_path):
-    adapter = shutil.copytree(
-        adapters["llama"], tmp_path / "adapter", ignore=shutil.ignore_patterns("judge_spec*")
-    )
+    adapter = shutil.copytree(adapters["llama"], tmp_path / "adapter", ignore=shutil.ignore_patterns("judge_spec*"))
     with pytest.raises(ValueError, match="no judge spec"):
         merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
 
@@ -424,9 +393,7 @@ def test_no_room_on_the_disk_is_found_before_any_work(seeds, adapters, tmp_path,
     merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
 
 
-def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(
-    seeds, adapters, tmp_path
-):
+def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(seeds, adapters, tmp_path):
     kill = """
 import os, signal, sys
 from tract_lite import merge

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from tract_lite.metrics import COLUMNS, evaluate, format_table
@@ -39,12 +38,7 @@ def no_warnings():
 def kappa_by_matrix(predictions, golds):
     """Quadratic weighted kappa as it is defined: by the confusion matrix."""
     labels = range(min(*predictions, *golds), max(*predictions, *golds) + 1)
-    observed = np.array(
-        [
-            [sum(p == a and g == b for p, g in zip(predictions, golds)) for b in labels]
-            for a in labels
-        ]
-    )
+    observed = np.array([[sum(p == a and g == b for p, g in zip(predictions, golds)) for b in labels] for a in labels])
     chance = np.outer(observed.sum(axis=1), observed.sum(axis=0)) / len(golds)
     weights = np.subtract.outer(labels, labels) ** 2
     if not (weights * chance).sum():
@@ -87,13 +81,7 @@ def test_failed_items_count_against_coverage_alone():
 
 
 @pytest.mark.parametrize(
-    "predictions, golds",
-    [
-        ([3, 3, 3], [1, 2, 3]),
-        ([1, 2, 3], [3, 3, 3]),
-        ([2], [2]),
-        ([None, 4.5], [1, 2]),
-    ],
+    "predictions, golds", [([3, 3, 3], [1, 2, 3]), ([1, 2, 3], [3, 3, 3]), ([2], [2]), ([None, 4.5], [1, 2])]
 )
 def test_correlations_that_do_not_exist_are_nan_without_a_warning(predictions, golds):
     result = evaluate(predictions, golds)
@@ -181,17 +169,7 @@ def test_the_result_is_plain_json(judges):
     result = evaluate(*(np.array(scores, dtype=np.float32) for scores in judges))
     restored = json.loads(json.dumps(result))
     assert restored["intervals"].pop("rmse") == list(result["intervals"]["rmse"])
-    assert list(result) == [
-        "pearson",
-        "spearman",
-        "kendall",
-        "rmse",
-        "mae",
-        "qwk",
-        "coverage",
-        "count",
-        "intervals",
-    ]
+    assert list(result) == ["pearson", "spearman", "kendall", "rmse", "mae", "qwk", "coverage", "count", "intervals"]
     assert all(type(value) in (float, int, dict) for value in result.values())
 
 
@@ -199,15 +177,7 @@ def test_a_table_has_one_aligned_row_per_result(judges):
     table = format_table({"base": evaluate([None, 3], [1, 3]), "after stage 2": evaluate(*judges)})
     header, rule, base, after = table.splitlines()
     assert [cell.strip() for cell in header.split("|")[2:-1]] == list(COLUMNS)
-    assert [cell.strip() for cell in base.split("|")[1:-1]] == [
-        "base",
-        "nan",
-        "nan",
-        "nan",
-        "0.000",
-        "0.000",
-        "0.500",
-    ]
+    assert [cell.strip() for cell in base.split("|")[1:-1]] == ["base", "nan", "nan", "nan", "0.000", "0.000", "0.500"]
     assert "| after stage 2 |" in after and set(rule) <= set("|-: ")
     assert len({len(line) for line in (header, rule, base, after)}) == 1
 

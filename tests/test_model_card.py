@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tract_lite import JudgeSpec, ScoreScale, evaluate
-from tract_lite.model_card import write_model_card
+from tract_lite.report.card import write_model_card
 
 SEED, DATA = "someone/Seed-7B-bnb-4bit", "someone/Judged-Texts"
 SPEC = JudgeSpec(
@@ -112,9 +112,7 @@ def test_the_built_in_example_is_no_data_set_of_somebody(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("data, is_hub", [("someone/judged-texts", True), ("data/my.csv", False)])
-def test_a_file_that_is_gone_is_no_data_set_of_the_hub(
-    tmp_path: Path, data: str, is_hub: bool
-) -> None:
+def test_a_file_that_is_gone_is_no_data_set_of_the_hub(tmp_path: Path, data: str, is_hub: bool) -> None:
     card = write_model_card(make_run(tmp_path, settings={"data": data}))
     assert ("datasets" in header_of(card)) == is_hub
     assert f"- source: {data if is_hub else 'my.csv'}\n" in section(card, "Data")

@@ -8,13 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import install
 import nbformat
+import notebooks
 import pytest
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
-
-import install
-import notebooks
 
 ROOT = Path(__file__).parents[1]
 PLATFORMS = tuple(notebooks.PLATFORMS)
@@ -68,9 +67,7 @@ def execute(platform: str, clone: Path) -> Executed:
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_notebook_is_what_its_source_builds(platform: str) -> None:
-    assert notebooks.notebook_file(platform).read_text(encoding="utf-8") == notebooks.build(
-        platform
-    )
+    assert notebooks.notebook_file(platform).read_text(encoding="utf-8") == notebooks.build(platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -102,9 +99,7 @@ def test_the_readme_opens_the_notebook(platform: str) -> None:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_all_cells_run_and_show_what_they_promise(
-    platform: str, executed: dict[str, Executed]
-) -> None:
+def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[str, Executed]) -> None:
     done = executed[platform]
     for shown in (
         "nothing to install",
@@ -156,9 +151,7 @@ def test_a_torch_out_of_range_is_named_and_not_replaced() -> None:
     install.check_torch([Requirement("torch>=2")])
 
 
-def test_an_install_is_held_to_the_torch_that_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_install_is_held_to_the_torch_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip itself refuses: the constraint allows no other torch."""
     file = tmp_path / "requirements.txt"
     file.write_text("torch==1.0\n")

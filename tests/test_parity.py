@@ -6,14 +6,14 @@ from llama_cpp import llama_model_free
 from tiny import SHARED, VOCABULARIES, load_tokenizer, make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
-from tract_lite import parity
+from tract_lite.engines.llama_cpp import load_model
+from tract_lite.export import parity
+from tract_lite.export.parity import Parity, check_export, check_ids, compare, hard_records
 from tract_lite.judge import Judge
-from tract_lite.llama import load_model
-from tract_lite.parity import Parity, check_export, check_ids, compare, hard_records
-from tract_lite.prompt import make_spec, prompt_ids
-from tract_lite.records import Record
+from tract_lite.prompt import prompt_ids
+from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec
+from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 
@@ -45,8 +45,7 @@ def judge_from(folder, spec) -> Judge:
 def test_a_judge_is_like_itself_and_unlike_another(folder, spec, tmp_path):
     records = [Record(prompt=text, id=text) for text in ("It is clear.", "Why so?", "a b" * 400)]
     judge, other = (
-        judge_from(place, spec)
-        for place in (folder, make_llama(tmp_path / "other", folder.parent / "spm", seed=1))
+        judge_from(place, spec) for place in (folder, make_llama(tmp_path / "other", folder.parent / "spm", seed=1))
     )
     judged = list(judge.score_many(records))
     assert [bool(judgement.error) for judgement in judged] == [False, False, True]
@@ -108,9 +107,7 @@ def test_scores_beyond_the_bound_of_the_type_are_a_warning(spec, caplog):
     parity._report("f16", fine, spec)
     parity._report("q4_k_m", Parity(5, 0, 0.9, 1.5, 0.9), spec)
     wide = ScoreScale.integers(1, 9)
-    parity._report(
-        "f16", wrong, changed(spec, scale={"labels": wide.labels, "values": wide.values})
-    )
+    parity._report("f16", wrong, changed(spec, scale={"labels": wide.labels, "values": wide.values}))
     assert not caplog.records
     parity._report("f16", wrong, spec)
     assert "scores differ by 0.0110" in caplog.text and "more than the 0.0100" in caplog.text
@@ -119,9 +116,7 @@ def test_scores_beyond_the_bound_of_the_type_are_a_warning(spec, caplog):
     assert "distributions differ by 0.2000" in caplog.text and "scores" not in caplog.text
 
 
-def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(
-    spec, tokenizer, folder, caplog
-):
+def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(spec, tokenizer, folder, caplog):
     caplog.set_level(logging.INFO)
     assert check_export(spec, tokenizer, folder, {}, 10**15, records=[]) == {}
     assert "takes 4000001.0 GB of memory" in caplog.text

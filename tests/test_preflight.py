@@ -7,16 +7,15 @@ import torch
 from test_train import load, make_records
 from tiny import SHARED, load_tokenizer, make_family, make_sentences, make_spm
 
-from tract_lite import preflight as preflight_module
-from tract_lite import trainer as trainer_module
-from tract_lite.encode import encode_records
-from tract_lite.preflight import check_labels, preflight
-from tract_lite.prompt import make_spec
 from tract_lite.scale import ScoreScale
-from tract_lite.seed import add_lora, hidden_states, load_seed
-from tract_lite.settings import TrainSettings
-from tract_lite.train import train_stage
-from tract_lite.trainer import CotRaftTrainer
+from tract_lite.spec import make_spec
+from tract_lite.training import preflight as preflight_module, trainer as trainer_module
+from tract_lite.training.encode import encode_records
+from tract_lite.training.preflight import check_labels, preflight
+from tract_lite.training.seed_model import add_lora, hidden_states, load_seed
+from tract_lite.training.settings import TrainSettings
+from tract_lite.training.stage import train_stage
+from tract_lite.training.trainer import CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
 
 
@@ -39,9 +38,7 @@ def fly(model, tokenizer, spec, out: Path, **settings) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("in_4bit, precision", [(True, None), (False, None), (False, "bfloat16")])
 def test_a_sound_model_passes(seeds, tmp_path, caplog, family, in_4bit, precision):
-    model, tokenizer = load_seed(
-        seeds[family], in_4bit, backend="transformers", precision=precision
-    )
+    model, tokenizer = load_seed(seeds[family], in_4bit, backend="transformers", precision=precision)
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
     with caplog.at_level(logging.INFO):
         fly(add_lora(model), tokenizer, spec, tmp_path)
@@ -49,9 +46,7 @@ def test_a_sound_model_passes(seeds, tmp_path, caplog, family, in_4bit, precisio
 
 
 @pytest.mark.parametrize("dropout, ce_on_score", [(0.0, True), (0.3, True), (0.0, False)])
-def test_it_changes_neither_weights_nor_gradients_nor_random_numbers(
-    seeds, tmp_path, dropout, ce_on_score
-):
+def test_it_changes_neither_weights_nor_gradients_nor_random_numbers(seeds, tmp_path, dropout, ce_on_score):
     model, tokenizer = load_seed(seeds["llama"], False, backend="transformers")
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
     model = add_lora(model, dropout=dropout)

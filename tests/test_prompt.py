@@ -4,17 +4,10 @@ from dataclasses import replace
 import pytest
 from tiny import VOCABULARIES, load_tokenizer
 
-from tract_lite.prompt import (
-    Reasoning,
-    cut_reasoning,
-    make_spec,
-    prompt_ids,
-    reasoning_text,
-    render,
-)
-from tract_lite.records import Record, Rubric
+from tract_lite.prompt import Reasoning, cut_reasoning, prompt_ids, reasoning_text, render
+from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import MARKER
+from tract_lite.spec import MARKER, make_spec
 from tract_lite.vocabulary import TransformersVocabulary
 
 SCALE = ScoreScale.integers(1, 5)
@@ -43,15 +36,7 @@ def special_ids(ids, vocabulary) -> list[int]:
     return [i for i in ids if i in set(vocabulary.specials.values())]
 
 
-@pytest.mark.parametrize(
-    "name, start",
-    [
-        ("gpt-2", []),
-        ("llama-bpe", [128000]),
-        ("llama-spm", [1]),
-        ("trained", [1]),
-    ],
-)
+@pytest.mark.parametrize("name, start", [("gpt-2", []), ("llama-bpe", [128000]), ("llama-spm", [1]), ("trained", [1])])
 def test_a_tokenizer_without_chat_template_gets_its_start_token_and_the_bare_prompt(name, start):
     spec, vocabulary = load(name)
     ids = prompt_ids(RECORD, spec, vocabulary)
@@ -80,20 +65,14 @@ def test_a_chat_template_that_writes_the_start_token_gives_it_once():
     ids = prompt_ids(RECORD, make_spec(tokenizer, SCALE), vocabulary)
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert special_ids(ids, vocabulary) == special_ids(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "x"}], add_generation_prompt=True
-        )["input_ids"],
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)["input_ids"],
         vocabulary,
     )
 
 
 @pytest.mark.parametrize(
     "template",
-    [
-        "no message",
-        "{{ messages[0].content }} {{ messages[0].content }}",
-        "{{ messages[0].content | upper }}",
-    ],
+    ["no message", "{{ messages[0].content }} {{ messages[0].content }}", "{{ messages[0].content | upper }}"],
 )
 def test_a_chat_template_that_changes_the_message_is_refused(template):
     with pytest.raises(ValueError, match="once and unchanged"):
@@ -103,9 +82,7 @@ def test_a_chat_template_that_changes_the_message_is_refused(template):
 @everywhere
 def test_specials_in_a_record_stay_text(name):
     spec, vocabulary = load(name)
-    nasty = " ".join(
-        [*vocabulary.specials, "</s>", "<|eot_id|>", "[INST]", f"{MARKER} 5", "{prompt}"]
-    )
+    nasty = " ".join([*vocabulary.specials, "</s>", "<|eot_id|>", "[INST]", f"{MARKER} 5", "{prompt}"])
     record = Record(nasty, nasty, Rubric(nasty, {"1": nasty}), nasty)
     ids = prompt_ids(record, spec, vocabulary)
     assert special_ids(ids, vocabulary) == [i for i in spec.chat if isinstance(i, int)]
@@ -147,9 +124,7 @@ def test_a_record_that_lacks_what_the_template_asks_for_is_refused():
 
 
 def test_a_template_that_asks_for_no_rubric_needs_none():
-    spec, _ = load(
-        "trained", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}"
-    )
+    spec, _ = load("trained", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}")
     assert render(Record("Add.", "4"), spec) == "4"
     assert render(RECORD, spec) == "Is it right? It is 4."
 
@@ -210,9 +185,7 @@ def other_spelling(text: str, vocabulary) -> list[int]:
     ids = []
     for byte in text.encode():
         piece = (
-            f"<0x{byte:02X}>"
-            if "<0x0A>" in vocabulary.tokenizer.get_vocab()
-            else ("Ġ" if byte == 0x20 else chr(byte))
+            f"<0x{byte:02X}>" if "<0x0A>" in vocabulary.tokenizer.get_vocab() else ("Ġ" if byte == 0x20 else chr(byte))
         )
         ids.append(vocabulary.tokenizer.convert_tokens_to_ids(piece))
     return ids
@@ -261,7 +234,5 @@ def test_a_reasoning_without_an_end_is_not_complete():
 def test_a_reasoning_tells_at_once_that_it_is_complete():
     spec, vocabulary = load("llama-spm")
     reasoning = Reasoning(spec, vocabulary)
-    answers = [
-        reasoning.add(token) for token in [*vocabulary.encode("Good."), *spec.marker_ids[:-1]]
-    ]
+    answers = [reasoning.add(token) for token in [*vocabulary.encode("Good."), *spec.marker_ids[:-1]]]
     assert answers == [False] * (len(answers) - 1) + [True]

@@ -2,8 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tract_lite.rail import expected_score, label_log_probabilities, read_top_log_probabilities
 
@@ -23,9 +22,7 @@ def top_of(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
 def test_labels_that_are_all_reported_are_exact():
     top = pairs({11: 0.4, 10: 0.3, 12: 0.1, 13: 0.05, 99: 0.05, 14: 0.02})
     reading = read_top_log_probabilities(top, LABELS, VALUES)
-    np.testing.assert_allclose(
-        np.exp(reading.label_log_probabilities), [0.3, 0.4, 0.1, 0.05, 0.02], rtol=1e-12
-    )
+    np.testing.assert_allclose(np.exp(reading.label_log_probabilities), [0.3, 0.4, 0.1, 0.05, 0.02], rtol=1e-12)
     assert reading.missing_mass == pytest.approx(0.08) and reading.error_bound == 0
 
 
@@ -43,10 +40,7 @@ def test_a_label_that_is_not_reported_is_no_likelier_than_the_least_that_is():
 
 
 def test_where_texts_are_shared_any_label_may_lack_what_is_missing():
-    top = [
-        (str(token), value)
-        for token, value in pairs({10: 0.5, 11: 0.2, 12: 0.1, 13: 0.1, 14: 0.02})
-    ]
+    top = [(str(token), value) for token, value in pairs({10: 0.5, 11: 0.2, 12: 0.1, 13: 0.1, 14: 0.02})]
     reading = read_top_log_probabilities(top, [*map(str, LABELS)], VALUES, distinct=False)
     assert reading.error_bound == pytest.approx(0.08 * 5)
 
@@ -60,9 +54,7 @@ def test_the_exact_score_lies_within_the_bound(logits, count, values):
     logits = np.array(logits)
     exact = expected_score(np.exp(label_log_probabilities(logits, LABELS)), values)
     for distinct in (True, False):
-        reading = read_top_log_probabilities(
-            top_of(logits, count), LABELS, values, distinct=distinct
-        )
+        reading = read_top_log_probabilities(top_of(logits, count), LABELS, values, distinct=distinct)
         score = expected_score(np.exp(reading.label_log_probabilities), values)
         assert abs(score - exact) <= reading.error_bound + 1e-9
 

@@ -10,18 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from tract_lite.records import (
-    Annotation,
-    BadRows,
-    Record,
-    Rubric,
-    read_records,
-    record_to_row,
-    split_records,
-)
+from tract_lite.data.records import BadRows, read_records, record_to_row, split_records
+from tract_lite.record import Annotation, Record, Rubric
 from tract_lite.scale import ScoreScale
 
 ROOT = Path(__file__).parents[1]
@@ -54,12 +46,7 @@ def write_parquet(path, rows):
     pq.write_table(pa.table(columns), path)
 
 
-WRITERS = {
-    "jsonl": write_jsonl,
-    "json": write_json,
-    "csv": write_csv,
-    "parquet": write_parquet,
-}
+WRITERS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet}
 
 
 @pytest.fixture
@@ -143,10 +130,7 @@ def test_feedback_missing_from_the_collection_is_its_output_without_the_score(re
         {"criteria": "Is it true?", "description_1": "no", "description_5": "yes"},
         {"rubric": "Is it true?", "score1_description": "no", "score5_description": "yes"},
         {"rubric": {"criteria": "Is it true?", "descriptions": {"1": "no", "3": None, "5": "yes"}}},
-        {
-            "rubric": {"criteria": "Is it true?", "descriptions": {"1": "no"}},
-            "description_5": "yes",
-        },
+        {"rubric": {"criteria": "Is it true?", "descriptions": {"1": "no"}}, "description_5": "yes"},
     ],
 )
 def test_every_spelling_of_a_rubric_gives_the_same_rubric(read, row):
@@ -156,11 +140,7 @@ def test_every_spelling_of_a_rubric_gives_the_same_rubric(read, row):
 
 def test_both_names_of_the_reference_are_known_and_nothing_else_is_needed(read):
     a, b, c = read(
-        [
-            {"response": "r", "reference": "best"},
-            {"response": "r", "reference_answer": "best"},
-            {"prompt": " p "},
-        ]
+        [{"response": "r", "reference": "best"}, {"response": "r", "reference_answer": "best"}, {"prompt": " p "}]
     )
     assert a.reference == b.reference == "best"
     assert c == Record(prompt=" p ", id="2")
@@ -187,9 +167,7 @@ def test_scores_are_numbers_or_absent(read, value, score):
     assert read([{"response": "r", "score": value}])[0].score == score
 
 
-@pytest.mark.parametrize(
-    "value", [True, False, "four", "4/5", float("inf"), "-inf", [4], {"value": 4}, 10**400]
-)
+@pytest.mark.parametrize("value", [True, False, "four", "4/5", float("inf"), "-inf", [4], {"value": 4}, 10**400])
 def test_a_score_that_is_no_finite_number_is_a_bad_row(read, value):
     with pytest.raises(BadRows, match="line 1: score must be a finite number"):
         read([{"response": "r", "score": value}])
@@ -207,25 +185,16 @@ def test_empty_optional_columns_are_absent(read):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        (
-            {"instruction": "i", "respones": "r"},
-            "neither a prompt nor a response; its columns: .*ones",
-        ),
+        ({"instruction": "i", "respones": "r"}, "neither a prompt nor a response; its columns: .*ones"),
         ({"response": ["r"]}, "response must be text"),
-        (
-            {"response": "r", "rubric": {"criteria": "c", "descriptions": ["no"]}},
-            "descriptions must",
-        ),
+        ({"response": "r", "rubric": {"criteria": "c", "descriptions": ["no"]}}, "descriptions must"),
         ({"response": "r", "feedback_ids": [1, "2"]}, "feedback_ids must"),
         ({"response": "r", "score": 6}, "score 6 is outside the scale"),
         ({"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [3]}, "of one length"),
         ({"instruction": "p", "gpt4_feedback": "a", "gpt4_score": "3"}, "of one length"),
         ({"instruction": "p", "gpt4_feedback": ["a", ""], "gpt4_score": [3, 4]}, "gaps"),
         ({"instruction": "p", "gpt4_feedback": ["a"], "gpt4_score": [None]}, "gaps"),
-        (
-            {"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [5, 6]},
-            "outside the scale",
-        ),
+        ({"instruction": "p", "gpt4_feedback": ["a", "b"], "gpt4_score": [5, 6]}, "outside the scale"),
         ({"gpt4_feedback": ["a"], "gpt4_score": [3]}, "neither a prompt"),
         (["response", "r"], "a row must have named columns"),
         (None, "a row must have named columns"),
@@ -449,16 +418,7 @@ def test_pairs_are_one_training_record_per_annotation():
 @needs_data
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_record_written_as_a_row_reads_back_the_same(read, suffix):
-    full = Record(
-        "i",
-        "r",
-        Rubric("c", {"1": "no", "5": "yes"}),
-        "best",
-        4.0,
-        "good",
-        id="a",
-        feedback_ids=(7, 8),
-    )
+    full = Record("i", "r", Rubric("c", {"1": "no", "5": "yes"}), "best", 4.0, "good", id="a", feedback_ids=(7, 8))
     bare = Record(prompt="p", score=0.0, id="b")
     assert read([record_to_row(full), record_to_row(bare)], suffix) == [full, bare]
     item = read_records(VICUNA)[0]
@@ -500,11 +460,7 @@ def test_a_lone_surrogate_is_kept_and_has_a_key(read):
 
 
 @settings(max_examples=100)
-@given(
-    prompts=st.lists(st.sampled_from("abcdefghij"), max_size=30),
-    fraction=st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
+@given(prompts=st.lists(st.sampled_from("abcdefghij"), max_size=30), fraction=st.floats(0, 1), seed=st.integers(0, 99))
 def test_a_split_keeps_prompts_whole_and_records_in_order(prompts, fraction, seed):
     records = [Record(prompt=prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     rest, held_out = split_records(records, fraction, seed)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tract_lite.jsonl import append_rows
+from tract_lite.data.jsonl import append_rows
 from tract_lite.metrics import evaluate
-from tract_lite.report import write_report
+from tract_lite.report.page import write_report
 
 GOLDS = [1.0, 2.0, 3.0, 4.0, 5.0] * 4
 SCORES = [1.5, 1.8, 3.4, 3.6, 4.9] * 4
@@ -24,10 +24,7 @@ def write_judgements(run, golds=GOLDS, scores=SCORES):
     (run / "judged").mkdir()
     append_rows(
         run / "judged" / "judge-q8_0.jsonl",
-        [
-            {"id": str(n), "score": score, "gold": gold}
-            for n, (score, gold) in enumerate(zip(scores, golds))
-        ],
+        [{"id": str(n), "score": score, "gold": gold} for n, (score, gold) in enumerate(zip(scores, golds))],
     )
 
 
@@ -124,12 +121,7 @@ def test_a_stage_too_short_to_log_anything_is_no_hindrance(run):
 
 
 @pytest.mark.parametrize(
-    "write",
-    [
-        lambda run: write_stage(run, "stage1"),
-        lambda run: write_stage(run, "stage2"),
-        write_judgements,
-    ],
+    "write", [lambda run: write_stage(run, "stage1"), lambda run: write_stage(run, "stage2"), write_judgements]
 )
 def test_one_part_alone_gives_a_figure_of_half_the_width(run, write):
     write(run)
@@ -146,12 +138,7 @@ def test_numbers_alone_give_a_page_without_a_figure(run):
 
 
 @pytest.mark.parametrize(
-    "golds, scores",
-    [
-        ([3.0], [3.0]),
-        ([2.5, 3.5], [1.0, None]),
-        (list(range(100)), np.linspace(0, 99, 100)),
-    ],
+    "golds, scores", [([3.0], [3.0]), ([2.5, 3.5], [1.0, None]), (list(range(100)), np.linspace(0, 99, 100))]
 )
 def test_any_gold_scores_can_be_drawn(run, golds, scores):
     write_judgements(run, golds, scores)

@@ -58,13 +58,7 @@ def test_ten_is_refused_where_it_is_two_tokens_and_scales_that_fit_are_named(nam
 
 @everywhere
 @pytest.mark.parametrize(
-    "labels",
-    [
-        ("grade A", "grade B"),
-        ("A+", "A-"),
-        ("☃☃", "☂☂"),
-        ("abracadabrant", "hocuspocusly"),
-    ],
+    "labels", [("grade A", "grade B"), ("A+", "A-"), ("☃☃", "☂☂"), ("abracadabrant", "hocuspocusly")]
 )
 def test_labels_of_several_tokens_are_refused(name, labels):
     with pytest.raises(ValueError, match="one token of its own"):
@@ -101,6 +95,4 @@ def test_the_nearest_label_is_the_lower_one_of_two_in_any_order_of_values():
 
 def test_a_scale_contains_what_lies_between_its_ends_and_nothing_else():
     scale = ScoreScale.integers(1, 5)
-    assert [scale.contains(x) for x in (1, 3.7, 5, 0.99, 5.01, math.nan)] == [True] * 3 + [
-        False
-    ] * 3
+    assert [scale.contains(x) for x in (1, 3.7, 5, 0.99, 5.01, math.nan)] == [True] * 3 + [False] * 3

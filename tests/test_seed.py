@@ -3,7 +3,7 @@ import torch
 from tiny import FAMILIES, make_family, make_sentences, make_spm
 from torch.nn.functional import linear
 
-from tract_lite.seed import (
+from tract_lite.training.seed_model import (
     add_lora,
     compute_dtype,
     hidden_states,
@@ -86,9 +86,7 @@ def test_the_cpu_computes_in_float32_unless_asked(seeds):
 
 def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):
     model, tokenizer = load_seed(seeds["llama"], backend="transformers")
-    kinds = {
-        type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")
-    }
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {"Linear4bit"}
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
@@ -107,9 +105,7 @@ def test_unsloth_without_cuda_is_refused_with_a_way_out(seeds):
 
 @plain_families
 @pytest.mark.parametrize("in_4bit", [True, False])
-def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(
-    seeds, family, in_4bit
-):
+def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(seeds, family, in_4bit):
     model, _ = load_seed(seeds[family], in_4bit, backend="transformers")
     linear_layers = {
         name
@@ -135,8 +131,7 @@ def test_rank_and_alpha_are_those_asked_for(seeds):
 
 def test_the_same_seed_gives_the_same_adapter(seeds):
     first, second = (
-        add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], seed=7).state_dict()
-        for _ in range(2)
+        add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], seed=7).state_dict() for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
 
@@ -170,11 +165,7 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
         model = add_lora(model, gradient_checkpointing=checkpointing).train()
         (hidden_states(model, *batch) * direction).sum().backward()
         gradients.append(
-            {
-                name: parameter.grad
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-            }
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         )
     assert all(gradient.isfinite().all() for gradient in gradients[0].values())
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
@@ -222,10 +213,6 @@ def test_judging_with_a_4_bit_seed_changes_no_later_gradient(seeds, batch):
                 model.eval()(*batch)
         (hidden_states(model.train(), *batch) * direction).sum().backward()
         gradients.append(
-            {
-                name: parameter.grad
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-            }
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         )
     torch.testing.assert_close(*gradients)

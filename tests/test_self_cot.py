@@ -3,20 +3,19 @@ from dataclasses import replace
 import pytest
 from tiny import WritingEngine, load_tokenizer
 
-from tract_lite.encode import encode_record
+from tract_lite.data.records import read_records
 from tract_lite.judge import Judge
-from tract_lite.prompt import make_spec
-from tract_lite.records import Record, Rubric, read_records
+from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
 from tract_lite.self_cot import generate_cots
+from tract_lite.spec import make_spec
+from tract_lite.training.encode import encode_record
 from tract_lite.vocabulary import TransformersVocabulary
 
 
 def make_engine() -> WritingEngine:
     tokenizer = load_tokenizer("trained")
-    return WritingEngine(
-        make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer)
-    )
+    return WritingEngine(make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer))
 
 
 def make_records(*texts: str) -> list[Record]:
@@ -138,9 +137,7 @@ def test_records_without_an_id_are_kept_apart(tmp_path):
 def test_two_records_of_one_id_are_refused_before_anything_is_judged(tmp_path):
     engine = make_engine()
     with pytest.raises(ValueError, match="id of its own"):
-        generate_cots(
-            Judge(engine), make_records("a", "b") + make_records("c"), tmp_path / "cots.jsonl"
-        )
+        generate_cots(Judge(engine), make_records("a", "b") + make_records("c"), tmp_path / "cots.jsonl")
     assert engine.prompts == [] and not list(tmp_path.iterdir())
 
 

@@ -16,16 +16,16 @@ from test_gguf import TEXTS, TOKENIZERS, make_judge, needs_tokenizers
 from tiny import load_tokenizer, make_llama, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tract_lite import server_http
-from tract_lite.engine import LlamaEngine
-from tract_lite.gguf import export_gguf
+from tract_lite.engines import http as server_http
+from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.server import ServerEngine
+from tract_lite.engines.task import Task
+from tract_lite.export.gguf import export_gguf
 from tract_lite.judge import Judge
-from tract_lite.prompt import cut_reasoning, make_spec
-from tract_lite.records import Record
-from tract_lite.sampling import Task
+from tract_lite.prompt import cut_reasoning
+from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.server_engine import ServerEngine
-from tract_lite.spec import SPEC_FILE, Sampling
+from tract_lite.spec import SPEC_FILE, Sampling, make_spec
 from tract_lite.vocabulary import TransformersVocabulary
 
 BOS, LIMIT = 1, 12
@@ -115,8 +115,7 @@ def make_tasks(local: LlamaEngine, count: int, n_cot: int = 1) -> list[Task]:
     sentences = make_sentences(2 * count, seed=5)
     return [
         Task(
-            [BOS, *local.vocabulary.encode(" ".join(sentences[2 * n : 2 * n + 2]))],
-            [100 * n + k for k in range(n_cot)],
+            [BOS, *local.vocabulary.encode(" ".join(sentences[2 * n : 2 * n + 2]))], [100 * n + k for k in range(n_cot)]
         )
         for n in range(count)
     ]
@@ -148,9 +147,7 @@ class FakeServer:
     `fields` are put into each answer.
     """
 
-    def __init__(
-        self, local, trouble=lambda body: None, names=("judge",), context_length=250, **fields
-    ):
+    def __init__(self, local, trouble=lambda body: None, names=("judge",), context_length=250, **fields):
         self.local, self.trouble, self.names, self.fields = local, trouble, names, fields
         self.context_length = context_length
         self.bodies = []
@@ -239,9 +236,7 @@ def choices(folder: Path, task: Task, sampling: Sampling) -> list[int]:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (3.0, 1.0)])
-def test_tokens_are_sampled_by_the_judge_s_settings_and_seed_alone(
-    url, local, folder, temperature, top_p
-):
+def test_tokens_are_sampled_by_the_judge_s_settings_and_seed_alone(url, local, folder, temperature, top_p):
     sampling = Sampling(temperature, top_p, repetition_penalty=1.0, max_new_tokens=1)
     spec = replace(local.spec, sampling=sampling)
     # To a server the last one means a random seed.
@@ -357,8 +352,7 @@ def test_a_penalty_that_servers_apply_otherwise_is_left_out_with_a_warning(url, 
         [(_, answer)], [(_, expected)] = engine.run(tasks), plain.run(tasks)
     assert reasonings(answer) == reasonings(expected)
     assert [record.getMessage() for record in caplog.records] == [
-        "servers count the prompt in a repetition penalty and this judge does not: its penalty of "
-        "1.5 is left out"
+        "servers count the prompt in a repetition penalty and this judge does not: its penalty of 1.5 is left out"
     ]
 
 
@@ -440,8 +434,7 @@ def test_a_server_of_text_gives_nearly_the_same_scores(text_url, local, caplog):
         np.testing.assert_allclose(found, exact, atol=1e-3)
         assert abs((found - exact) @ local.spec.scale.values) <= sample.error_bound < 0.5
     assert [r.getMessage() for r in caplog.records] == [
-        f"the server at {text_url} takes text and names tokens by their text: scores are "
-        "approximate"
+        f"the server at {text_url} takes text and names tokens by their text: scores are approximate"
     ]
 
 
@@ -496,10 +489,7 @@ class FakeTextServer:
         top = {" 4": math.log(0.5), "4": math.log(0.2), " 5": math.log(0.2)}
         choice = {"text": " Too short. So the overall score is 4", "finish_reason": "stop"}
         choice["logprobs"] = {"top_logprobs": [top], **self.logprobs}
-        return 200, {
-            "choices": [choice],
-            "usage": {"prompt_tokens": read - self.lost * (read > 1)},
-        }
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": read - self.lost * (read > 1)}}
 
 
 def open_text(url, **chat):
@@ -547,9 +537,7 @@ def test_a_server_of_text_without_log_probabilities_is_refused(path):
             ServerEngine(url)
 
 
-@pytest.mark.parametrize(
-    "bad", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://host:port", ""]
-)
+@pytest.mark.parametrize("bad", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://host:port", ""])
 def test_what_is_no_address_is_refused(bad):
     with pytest.raises(ValueError, match="looks like http://127.0.0.1:8080"):
         ServerEngine(bad)
@@ -606,17 +594,12 @@ def test_a_server_that_is_busy_twice_is_survived(local, path):
     assert np.exp(sample.label_log_probabilities) == pytest.approx([0.19] * 5)
 
 
-@pytest.mark.parametrize(
-    ("asked", "waited"), [("7", 7), ("3600", 60), ("Fri, 01 Jan 2100 00:00:00 GMT", 60)]
-)
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7), ("3600", 60), ("Fri, 01 Jan 2100 00:00:00 GMT", 60)])
 def test_a_server_that_asks_for_a_pause_gets_it(local, path, monkeypatch, asked, waited):
     waits = []
     monkeypatch.setattr("tenacity.nap.time", types.SimpleNamespace(sleep=waits.append))
     pause = iter([(429, {"error": "slow down"}, {"Retry-After": asked})])
-    with (
-        fake_server(FakeServer(local, lambda body: next(pause, None))) as url,
-        open_fake(url, path) as engine,
-    ):
+    with fake_server(FakeServer(local, lambda body: next(pause, None))) as url, open_fake(url, path) as engine:
         list(engine.run(make_tasks(local, 1)))
     assert waits == [waited]
 
@@ -629,8 +612,7 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_what_is_done(local, path):
         with pytest.raises(RuntimeError) as caught:
             answers.extend(engine.run(make_tasks(local, 20)))
     assert str(caught.value) == (
-        f"the server at {url} answered HTTP 500: out of order; finished items are kept, run again "
-        "to go on"
+        f"the server at {url} answered HTTP 500: out of order; finished items are kept, run again to go on"
     )
     assert [index for index, _ in answers] == [0, 1, 2, 3]
     assert len(broken.bodies) == 8 + 3 * 3
@@ -673,16 +655,11 @@ def test_an_item_that_the_server_refuses_is_answered_with_its_words(local, path,
 
 def test_the_context_is_that_of_the_server_where_it_is_shorter(folder, path, local):
     tasks = [Task([BOS] * 100, [0])]
-    server, vllm = (
-        FakeServer(local, context_length=100),
-        FakeVLLM(folder / "model", str(path), 20, 90),
-    )
+    server, vllm = (FakeServer(local, context_length=100), FakeVLLM(folder / "model", str(path), 20, 90))
     for fake, length in ((server, 100), (vllm, 90)):
         with fake_server(fake) as url, open_fake(url, path) as engine:
             [(_, error)] = engine.run(tasks)
-        assert str(error) == (
-            f"prompt of 100 tokens does not fit in the context of {length} tokens"
-        )
+        assert str(error) == (f"prompt of 100 tokens does not fit in the context of {length} tokens")
 
 
 def top(*pairs) -> dict:
@@ -723,10 +700,7 @@ def test_as_many_samples_are_in_flight_as_allowed_and_tasks_are_taken_as_needed(
         barrier.wait(30)
         active.pop()
 
-    with (
-        fake_server(FakeServer(local, completion)) as url,
-        open_fake(url, path, parallel=3) as engine,
-    ):
+    with fake_server(FakeServer(local, completion)) as url, open_fake(url, path, parallel=3) as engine:
         run = engine.run(taken.append(task) or task for task in make_tasks(local, 9))
         next(run)
         assert len(taken) <= 4

@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 from tiny import VOCABULARIES, load_tokenizer
 
-from tract_lite.prompt import make_spec
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import SPEC_FILE, JudgeSpec, Sampling
+from tract_lite.spec import SPEC_FILE, JudgeSpec, Sampling, make_spec
 from tract_lite.vocabulary import TransformersVocabulary
 
 
@@ -46,20 +45,7 @@ def test_a_newer_format_is_refused_with_a_way_out(spec):
         JudgeSpec.from_json(changed(spec, format=99))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no JSON",
-        "null",
-        "[]",
-        "3",
-        '"x"',
-        "{}",
-        '{"format": 1}',
-        '{"format": "1"}',
-    ],
-)
+@pytest.mark.parametrize("text", ["", "no JSON", "null", "[]", "3", '"x"', "{}", '{"format": 1}', '{"format": "1"}'])
 def test_garbage_is_refused_with_words(text):
     with pytest.raises(ValueError, match="not a readable judge spec"):
         JudgeSpec.from_json(text)

@@ -7,12 +7,12 @@ from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import TopPLogitsWarper
 
-from tract_lite.prompt import cut_reasoning, make_spec
-from tract_lite.sampling import Task
+from tract_lite.engines.task import Task
+from tract_lite.engines.transformers import TransformersEngine, _SeededSampler
+from tract_lite.prompt import cut_reasoning
 from tract_lite.scale import ScoreScale
-from tract_lite.seed import add_lora, load_seed
-from tract_lite.spec import Sampling
-from tract_lite.torch_engine import TransformersEngine, _SeededSampler
+from tract_lite.spec import Sampling, make_spec
+from tract_lite.training.seed_model import add_lora, load_seed
 
 LENGTH = 24
 
@@ -37,11 +37,7 @@ def model(folder):
 def spec(tokenizer):
     """A marker so short that a random model writes it now and then."""
     return make_spec(
-        tokenizer,
-        ScoreScale.integers(1, 5),
-        marker="the",
-        max_length=128,
-        sampling=Sampling(max_new_tokens=LENGTH),
+        tokenizer, ScoreScale.integers(1, 5), marker="the", max_length=128, sampling=Sampling(max_new_tokens=LENGTH)
     )
 
 
@@ -50,12 +46,7 @@ def make_tasks(spec, tokenizer, count: int = 11, samples: int = 2) -> list[Task]
     sentences = make_sentences(2 * count, seed=3)
     return [
         Task(
-            [
-                1,
-                *tokenizer(" ".join(sentences[n : 2 * n + 1]), add_special_tokens=False)[
-                    "input_ids"
-                ],
-            ][:90],
+            [1, *tokenizer(" ".join(sentences[n : 2 * n + 1]), add_special_tokens=False)["input_ids"]][:90],
             [100 * n + k for k in range(samples)],
         )
         for n in range(count)
@@ -80,9 +71,7 @@ def greedy(model, spec, engine, prompt, penalty=1.0, count_prompt=False) -> list
     for _ in range(spec.sampling.max_new_tokens):
         logits = model(torch.tensor([ids])).logits[0, -1]
         for token in set(ids if count_prompt else ids[len(prompt) :]):
-            logits[token] = (
-                logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
-            )
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
         ids.append(logits.argmax().item())
     return cut_reasoning(ids[len(prompt) :], spec, engine.vocabulary)[0]
 
@@ -95,9 +84,7 @@ def test_a_sample_does_not_depend_on_the_others_in_its_batch(model, tokenizer, s
         for one, other in zip(alone, together if order is tasks else together[::-1]):
             for sample, twin in zip(one, other, strict=True):
                 assert (sample.reasoning, sample.truncated) == (twin.reasoning, twin.truncated)
-                np.testing.assert_allclose(
-                    sample.label_log_probabilities, twin.label_log_probabilities, atol=1e-3
-                )
+                np.testing.assert_allclose(sample.label_log_probabilities, twin.label_log_probabilities, atol=1e-3)
     written = [tuple(sample.reasoning) for samples in alone for sample in samples]
     assert len(set(written)) > len(written) // 2
     ends = [sample.truncated for samples in alone for sample in samples]
@@ -113,9 +100,7 @@ def test_the_same_seed_gives_the_same_sample_and_another_one_another(model, toke
 def test_temperature_zero_is_greedy(model, tokenizer, spec):
     engine = TransformersEngine(model, tokenizer, spec)
     for task in make_tasks(spec, tokenizer, 4):
-        [found] = sampled_with(
-            model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.0
-        )
+        [found] = sampled_with(model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.0)
         assert found == greedy(model, spec, engine, task.prompt)
 
 
@@ -123,9 +108,7 @@ def test_the_repetition_penalty_counts_generated_tokens_only(model, tokenizer, s
     engine = TransformersEngine(model, tokenizer, spec)
     differs = 0
     for task in make_tasks(spec, tokenizer, 6):
-        [found] = sampled_with(
-            model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.5
-        )
+        [found] = sampled_with(model, tokenizer, spec, task.prompt, temperature=0.0, repetition_penalty=1.5)
         assert found == greedy(model, spec, engine, task.prompt, penalty=1.5)
         differs += found != greedy(model, spec, engine, task.prompt, penalty=1.5, count_prompt=True)
     assert differs  # else the test could not tell
@@ -136,9 +119,7 @@ def test_the_sampling_defaults_of_the_seed_do_not_mix_in(model, tokenizer, spec)
     task = make_tasks(spec, tokenizer)[3]
     expected = sampled_with(model, tokenizer, spec, task.prompt, range(4))
     before = model.generation_config
-    model.generation_config = type(before)(
-        repetition_penalty=2.0, no_repeat_ngram_size=1, min_new_tokens=9
-    )
+    model.generation_config = type(before)(repetition_penalty=2.0, no_repeat_ngram_size=1, min_new_tokens=9)
     try:
         assert sampled_with(model, tokenizer, spec, task.prompt, range(4)) == expected
         assert model.generation_config.repetition_penalty == 2.0
@@ -151,9 +132,7 @@ def test_tokens_are_drawn_with_their_probabilities(model, tokenizer, spec):
     prompt = make_tasks(spec, tokenizer)[2].prompt
     with torch.no_grad():
         p = (model(torch.tensor([prompt])).logits[0, -1].double() / 3).softmax(-1)
-    drawn = sampled_with(
-        model, tokenizer, spec, prompt, range(400), temperature=3.0, top_p=1.0, max_new_tokens=1
-    )
+    drawn = sampled_with(model, tokenizer, spec, prompt, range(400), temperature=3.0, top_p=1.0, max_new_tokens=1)
     for token in p.topk(3).indices.tolist():
         mean, deviation = 400 * p[token], (400 * p[token] * (1 - p[token])).sqrt()
         assert abs(drawn.count([token]) - mean) < 5 * deviation
@@ -161,20 +140,15 @@ def test_tokens_are_drawn_with_their_probabilities(model, tokenizer, spec):
 
 def test_a_small_top_p_leaves_the_most_likely_token(model, tokenizer, spec):
     prompt = make_tasks(spec, tokenizer)[2].prompt
-    drawn = sampled_with(
-        model, tokenizer, spec, prompt, range(20), temperature=3.0, top_p=1e-9, max_new_tokens=3
-    )
+    drawn = sampled_with(model, tokenizer, spec, prompt, range(20), temperature=3.0, top_p=1e-9, max_new_tokens=3)
     assert drawn == [drawn[0]] * 20
 
 
 def test_given_reasonings_are_read_and_not_sampled(model, tokenizer, spec):
     tasks = [
-        replace(task, reasonings=[[5, 6, 7 + n], [9] * (n + 1)])
-        for n, task in enumerate(make_tasks(spec, tokenizer))
+        replace(task, reasonings=[[5, 6, 7 + n], [9] * (n + 1)]) for n, task in enumerate(make_tasks(spec, tokenizer))
     ]
-    for task, samples in zip(
-        tasks, answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)
-    ):
+    for task, samples in zip(tasks, answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)):
         for reasoning, sample in zip(task.reasonings, samples, strict=True):
             with torch.no_grad():
                 ids = torch.tensor([[*task.prompt, *reasoning, *spec.marker_ids]])
@@ -187,16 +161,10 @@ def test_a_reasoning_that_fills_its_limit_is_truncated(model, tokenizer, spec):
     tasks = make_tasks(spec, tokenizer)
     for samples in answers_of(TransformersEngine(model, tokenizer, spec, 8), tasks):
         for sample in samples:
-            assert (
-                len(sample.reasoning) == LENGTH
-                if sample.truncated
-                else len(sample.reasoning) < LENGTH
-            )
+            assert len(sample.reasoning) == LENGTH if sample.truncated else len(sample.reasoning) < LENGTH
 
 
-def test_a_prompt_that_does_not_fit_is_answered_with_an_error_and_the_others_go_on(
-    model, tokenizer, spec
-):
+def test_a_prompt_that_does_not_fit_is_answered_with_an_error_and_the_others_go_on(model, tokenizer, spec):
     tasks = make_tasks(spec, tokenizer, 4)
     tasks.insert(1, Task([1] + [5] * 200, [1, 2]))
     answers = answers_of(TransformersEngine(model, tokenizer, spec, 2), tasks)

@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_family, make_sentences, make_spm
 
-from tract_lite.encode import LengthGroupedSampler, collate, encode_records
 from tract_lite.judge import Judge
 from tract_lite.loss import cot_raft_loss
 from tract_lite.metrics import evaluate
-from tract_lite.prompt import make_spec
-from tract_lite.records import Record
+from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.seed import add_lora, hidden_states, lm_head_weight, load_seed
-from tract_lite.spec import JudgeSpec
-from tract_lite.settings import TrainSettings
-from tract_lite.train import RESULT_FILE, newest_complete_checkpoint, train_stage
-from tract_lite.trainer import COMPLETE_FILE, CotRaftTrainer
+from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.training.encode import LengthGroupedSampler, collate, encode_records
+from tract_lite.training.seed_model import add_lora, hidden_states, lm_head_weight, load_seed
+from tract_lite.training.settings import RESULT_FILE, TrainSettings
+from tract_lite.training.stage import newest_complete_checkpoint, train_stage
+from tract_lite.training.trainer import COMPLETE_FILE, CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
 
 SHORT = dict(batch_size=4, micro_batch_size=2, learning_rate=1e-2, log_every=1, epochs=3)
@@ -31,9 +30,7 @@ SHORT = dict(batch_size=4, micro_batch_size=2, learning_rate=1e-2, log_every=1, 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    return make_family(
-        folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1
-    )
+    return make_family(folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1)
 
 
 def make_records(count: int = 10, seed: int = 0) -> list[Record]:
@@ -45,12 +42,7 @@ def make_records(count: int = 10, seed: int = 0) -> list[Record]:
         score = rng.randrange(5)
         filler = " ".join(rng.choices(words, k=rng.randint(1, 9)))
         records.append(
-            Record(
-                prompt=f"{words[score]} {filler}\n",
-                score=score + 1.0,
-                feedback=f"It is {words[score]}.",
-                id=str(n),
-            )
+            Record(prompt=f"{words[score]} {filler}\n", score=score + 1.0, feedback=f"It is {words[score]}.", id=str(n))
         )
     return records
 
@@ -73,9 +65,7 @@ def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed, tmp_p
         make_records(16),
         spec,
         tmp_path,
-        TrainSettings(
-            batch_size=8, micro_batch_size=4, learning_rate=2e-2, max_steps=40, log_every=10
-        ),
+        TrainSettings(batch_size=8, micro_batch_size=4, learning_rate=2e-2, max_steps=40, log_every=10),
     )
     log = [entry for entry in result["log"] if "ce" in entry]
     assert log[-1]["ce"] < 0.3 * log[0]["ce"]
@@ -106,9 +96,7 @@ def test_a_step_at_learning_rate_1_ends_in_the_same_weights_however_it_is_split(
     for size in (8, 4, 2, 1):
         model, tokenizer, spec = load(seed)
         before = trained_weights(model)
-        settings = TrainSettings(
-            batch_size=8, micro_batch_size=size, learning_rate=1.0, max_steps=1, **DESCENT
-        )
+        settings = TrainSettings(batch_size=8, micro_batch_size=size, learning_rate=1.0, max_steps=1, **DESCENT)
         train_stage(model, tokenizer, make_records(8), spec, tmp_path / str(size), settings)
         weights = trained_weights(model)
         gradient = torch.cat([(before[name] - weights[name]).flatten() for name in weights])
@@ -169,12 +157,7 @@ def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed, tmp_path, ce
             ce_on_score=ce_on_score,
         )
     settings = TrainSettings(
-        batch_size=8,
-        micro_batch_size=2,
-        max_steps=1,
-        log_every=1,
-        raft_weight=2.0,
-        ce_on_score=ce_on_score,
+        batch_size=8, micro_batch_size=2, max_steps=1, log_every=1, raft_weight=2.0, ce_on_score=ce_on_score
     )
     log = train_stage(model, tokenizer, make_records(8), spec, tmp_path, settings)["log"][0]
     assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
@@ -236,14 +219,10 @@ def uninterrupted(seed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step, checkpoint", [(1, None), (5, 4), (8, 8)])
-def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(
-    seed, uninterrupted, tmp_path, step, checkpoint
-):
+def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(seed, uninterrupted, tmp_path, step, checkpoint):
     out = tmp_path / "killed"
     code = KILLED.format(step=step, seed=str(seed), out=str(out))
-    killed = subprocess.run(
-        [sys.executable, "-c", code], env=python_environment(), capture_output=True
-    )
+    killed = subprocess.run([sys.executable, "-c", code], env=python_environment(), capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     newest = newest_complete_checkpoint(out)
     assert newest == (str(out / f"checkpoint-{checkpoint}") if checkpoint else None)
@@ -265,12 +244,8 @@ def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(
 
 def test_the_adapter_that_agrees_best_with_the_validation_records_is_kept(seed, tmp_path):
     model, tokenizer, spec = load(seed)
-    settings = TrainSettings(
-        **{**SHORT, "learning_rate": 0.3}, scheduler="constant", warmup_ratio=0, save_every=1
-    )
-    result = train_stage(
-        model, tokenizer, make_records(), spec, tmp_path, settings, validation=make_records(6, 1)
-    )
+    settings = TrainSettings(**{**SHORT, "learning_rate": 0.3}, scheduler="constant", warmup_ratio=0, save_every=1)
+    result = train_stage(model, tokenizer, make_records(), spec, tmp_path, settings, validation=make_records(6, 1))
     rmse = {entry["step"]: entry["eval_rmse"] for entry in result["log"] if "eval_rmse" in entry}
     assert list(rmse) == list(range(1, 10))
     assert any("eval_pearson" in entry for entry in result["log"])
@@ -285,9 +260,7 @@ def test_validation_scores_are_those_of_a_judge_given_the_same_reasonings(seed, 
     model, tokenizer, spec = load(seed)
     held_out = make_records(7, seed=1)
     settings = TrainSettings(**{**SHORT, "max_steps": 3})
-    result = train_stage(
-        model, tokenizer, make_records(), spec, tmp_path, settings, validation=held_out
-    )
+    result = train_stage(model, tokenizer, make_records(), spec, tmp_path, settings, validation=held_out)
     [logged] = [entry for entry in result["log"] if "eval_rmse" in entry]
     vocabulary = TransformersVocabulary(tokenizer)
     reasonings = [[vocabulary.encode(record.feedback)] for record in held_out]
@@ -319,12 +292,7 @@ def descend(seed: Path, out: Path, micro_batch_size: int) -> CotRaftTrainer:
     examples, _ = encode_records(make_records(16), spec, vocabulary)
     validated, _ = encode_records(make_records(5, seed=1), spec, vocabulary)
     settings = TrainSettings(
-        batch_size=8,
-        micro_batch_size=micro_batch_size,
-        learning_rate=0.05,
-        epochs=2,
-        save_every=1,
-        **DESCENT,
+        batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.05, epochs=2, save_every=1, **DESCENT
     )
     trainer = CotRaftTrainer(model, examples, spec, tokenizer, out, settings, validated)
     trainer.train()
@@ -395,9 +363,7 @@ def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):
         Record(response="x", score=2.0, feedback="y"),
         Record(prompt="kind " * 200, score=2.0, feedback="y"),
     ]
-    result = train_stage(
-        model, tokenizer, bad + make_records(4), spec, tmp_path, TrainSettings(max_steps=1)
-    )
+    result = train_stage(model, tokenizer, bad + make_records(4), spec, tmp_path, TrainSettings(max_steps=1))
     assert result["records"] == 9 and result["examples"] == 4
     assert sorted(result["dropped"].values()) == [1, 1, 1, 2]
     assert result["dropped"]["no reasoning"] == 2
@@ -413,13 +379,7 @@ def test_no_usable_record_is_an_error_with_the_reasons(seed, tmp_path):
 
 @pytest.mark.parametrize(
     "asked, steps, expected",
-    [
-        (None, 3000, 1e-5),
-        (None, 25_000, 1e-5),
-        (None, 2999, 2e-4),
-        (None, 1, 2e-4),
-        (3e-3, 25_000, 3e-3),
-    ],
+    [(None, 3000, 1e-5), (None, 25_000, 1e-5), (None, 2999, 2e-4), (None, 1, 2e-4), (3e-3, 25_000, 3e-3)],
 )
 def test_the_learning_rate_is_the_one_asked_for_or_fits_the_steps(asked, steps, expected):
     rate, reason = TrainSettings(learning_rate=asked).pick_learning_rate(steps)

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import demo_task
+import pytest
 import two_stage
 from held_out import HeldOut
 from tiny import SHARED, load_tokenizer, make_it_stop, make_llama
+
 from tract_lite import Judge, JudgeSpec, read_records
 
 
@@ -40,9 +40,7 @@ def test_gold_scores_of_the_example_are_drawn_around_the_stated_mean() -> None:
 def test_the_demo_judge_comes_near_the_best_possible_one(demo_run: Path) -> None:
     rows = rows_of(demo_run)
     best = rows["true mean (best possible)"]["rmse"]
-    judge, most_likely = (
-        rows[f"judge-f16.gguf, {reading}"] for reading in ("CoT-RAIL", "most likely label")
-    )
+    judge, most_likely = (rows[f"judge-f16.gguf, {reading}"] for reading in ("CoT-RAIL", "most likely label"))
     assert judge["count"] >= 1000
     assert judge["rmse"] <= 1.15 * best
     assert judge["rmse"] <= 0.95 * most_likely["rmse"]
@@ -95,9 +93,7 @@ def test_a_second_call_does_nothing_twice(demo_run: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in demo_run.rglob("*.safetensors")}
 
 
-def test_held_out_items_that_a_lost_session_has_judged_are_not_judged_again(
-    demo_run: Path, tmp_path: Path
-) -> None:
+def test_held_out_items_that_a_lost_session_has_judged_are_not_judged_again(demo_run: Path, tmp_path: Path) -> None:
     items = HeldOut(read_records(demo_run / "held_out.jsonl"), tmp_path / "judged")
     file = tmp_path / "judged" / "some.jsonl"
     before = items.judge("some", lambda: Judge.from_gguf(demo_run / "judge-f16.gguf"), count=8)
@@ -110,9 +106,7 @@ def test_held_out_items_that_a_lost_session_has_judged_are_not_judged_again(
     assert items.judge("some", lambda: pytest.fail("the judge was opened"), count=8) == again
 
 
-def test_a_run_folder_of_other_settings_is_refused(
-    demo_run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_folder_of_other_settings_is_refused(demo_run: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         two_stage.main(["--preset", "demo", "--epochs", "3", "--out", str(demo_run)])
     assert stopped.value.code == 2
@@ -166,9 +160,7 @@ def test_real_benchmark_data_goes_the_whole_way(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "judge-f16.gguf").exists()
 
 
-def test_scores_without_reasonings_are_enough_for_two_processes(
-    tmp_path: Path, demo_run: Path
-) -> None:
+def test_scores_without_reasonings_are_enough_for_two_processes(tmp_path: Path, demo_run: Path) -> None:
     seed = json.loads((demo_run / "merged" / "judge_spec.json").read_text())["base_model"]
     data = tmp_path / "scores.csv"
     with data.open("w", newline="") as file:
@@ -176,9 +168,7 @@ def test_scores_without_reasonings_are_enough_for_two_processes(
         writer.writerow(["instruction", "response", "criteria", "score"])
         for item in demo_task.make_items(60, 11):
             record = item.record
-            writer.writerow(
-                [record.instruction, record.response, record.rubric.criteria, record.score]
-            )
+            writer.writerow([record.instruction, record.response, record.rubric.criteria, record.score])
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     network = "--mixed_precision no --dynamo_backend no --main_process_port 0"
     recipe = "--preset demo --quantization q8_0 --max-new-tokens 128"
@@ -198,8 +188,5 @@ def test_scores_without_reasonings_are_enough_for_two_processes(
         # One step of all processes together counts 8 sequences.
         steps = 2 * math.ceil(counts[stage]["examples"] / 8)
         assert counts[stage]["kept_step"] == steps
-    assert (
-        len((tmp_path / "run" / "seed_reasonings.jsonl").read_text().splitlines())
-        == (written["kept"])
-    )
+    assert len((tmp_path / "run" / "seed_reasonings.jsonl").read_text().splitlines()) == (written["kept"])
     assert (tmp_path / "run" / "judge-q8_0.gguf").exists()

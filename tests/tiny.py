@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import json
 import random
 import shutil
+import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 import numpy as np
-import pytest
 import sentencepiece
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,14 +27,34 @@ from transformers import (
     LlamaTokenizer,
     MistralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-from tract_lite.sampling import Sample
+from tract_lite.engines.task import Sample
+from tract_lite.export.converter import llama_cpp_source
 
+# Real data and vocabularies, which come on top where they are.
 SHARED = Path(__file__).parents[1].parent / "shared"
-VOCABULARIES = ("gpt-2", "llama-bpe", "llama-spm", "qwen2", "trained")
+# One trained vocabulary of each kind: SentencePiece, and byte-level ones with digits split, digits
+# merged, or a digit and its space in one token. Each has the pre-tokenizer of a real model, whose
+# name llama.cpp knows.
+LETTERS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {
+    "split digits": ("qwen2", LETTERS % ""),
+    "merged digits": ("llama-bpe", LETTERS % "{1,3}"),
+    "space and digit": ("gpt-2", None),
+}
+TRAINED = ("spm", *BYTE_LEVEL)
+REAL = tuple(sorted(path.name for path in (SHARED / "tokenizers").glob("*")))
+VOCABULARIES = TRAINED + REAL
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 FAMILIES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -50,10 +72,7 @@ instruction rubric with without very quite helpful honest careful vague 1 2 3 4 
 def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
     """Sentences of random words."""
     rng = random.Random(seed)
-    return [
-        " ".join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + rng.choice(".!?")
-        for _ in range(count)
-    ]
+    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + rng.choice(".!?") for _ in range(count)]
 
 
 LLAMA_TOKENIZER = {
@@ -74,11 +93,7 @@ GEMMA_TOKENIZER = {
 
 
 def make_spm(
-    folder: Path,
-    sentences: Iterable[str],
-    size: int = 384,
-    config: Mapping[str, Any] = LLAMA_TOKENIZER,
-    **options: Any,
+    folder: Path, sentences: Iterable[str], size: int = 384, config: Mapping[str, Any] = LLAMA_TOKENIZER, **options: Any
 ) -> Path:
     """Train a SentencePiece vocabulary (BPE, byte fallback), like Llama's, and write its folder.
 
@@ -137,9 +152,7 @@ def make_llama(
     `scale` multiplies the weights: distributions far from flat, so that samples do not hang on the
     last bits of a sum.
     """
-    shutil.copytree(
-        tokenizer_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf")
-    )
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -207,14 +220,69 @@ def make_family(
 
 
 @functools.cache
+def vocabulary_folder(name: str) -> Path:
+    """The tokenizer folder of one of `VOCABULARIES`, with `vocab.gguf` in it where it is byte-level."""
+    if name in REAL:
+        return SHARED / "tokenizers" / name
+    folder = Path(tempfile.mkdtemp(prefix="vocabulary"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if name == "spm":
+        return make_spm(folder, make_sentences(), 700)
+    return make_byte_level(folder, *BYTE_LEVEL[name])
+
+
+def make_byte_level(folder: Path, known_as: str, pattern: str | None) -> Path:
+    """Train a byte-level vocabulary, like Qwen's, Llama 3's or GPT-2's, and write its folder."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=known_as == "llama-bpe"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    numbers = " ".join(f"{n} {n}" for n in range(101))
+    tokenizer.train_from_iterator([*make_sentences(), *[f"{numbers} score is {numbers}"] * 20], trainer)
+    chat = {"chat_template": CHATML, "eos_token": "<|im_end|>"} if known_as == "qwen2" else {}
+    options = {"eos_token": "<|endoftext|>", **chat}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
+    write_vocabulary_gguf(folder, known_as)
+    return folder
+
+
+def write_vocabulary_gguf(folder: Path, known_as: str) -> None:
+    """Write a byte-level tokenizer as `vocab.gguf`; `known_as` is llama.cpp's name of its kind."""
+    gguf_py = str(llama_cpp_source() / "gguf-py")
+    if gguf_py not in sys.path:
+        sys.path.append(gguf_py)
+    import gguf
+
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["id"]: token["content"] for token in content["added_tokens"]}
+    tokens = {index: token for token, index in content["model"]["vocab"].items()} | special
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+    writer = gguf.GGUFWriter(folder / "vocab.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(known_as)
+    writer.add_token_list([tokens[index] for index in sorted(tokens)])
+    writer.add_token_types([control if index in special else normal for index in sorted(tokens)])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(next(index for index, token in special.items() if token == eos))
+    writer.add_add_bos_token(False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@functools.cache
 def load_tokenizer(name: str) -> Any:
-    """One of `VOCABULARIES`: a real one from shared/, or a small one trained on the spot."""
-    if name == "trained":
-        with tempfile.TemporaryDirectory() as folder:
-            return AutoTokenizer.from_pretrained(make_spm(Path(folder), make_sentences(), 700))
-    if not (SHARED / "tokenizers" / name).is_dir():
-        pytest.skip("no real vocabularies here")
-    return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
+    """The tokenizer of one of `VOCABULARIES`."""
+    return AutoTokenizer.from_pretrained(vocabulary_folder(name))
 
 
 class WritingEngine:

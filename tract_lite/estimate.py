@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, Sequence
 
-from tract_lite.encode import encode_records
 from tract_lite.judge import Judge
-from tract_lite.records import Record
-from tract_lite.settings import TrainSettings
-from tract_lite.spec import JudgeSpec
-from tract_lite.trainer import CotRaftTrainer
+from tract_lite.record import Record
+from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.seed_model import add_lora, open_seed_model
+from tract_lite.training.settings import TrainSettings
+from tract_lite.training.trainer import CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
+
+logger = logging.getLogger(__name__)
 
 MEASURED_BATCHES = 3
 MEASURED_TOKENS = 16
 
 
-def run_seconds(model: Any, tokenizer: Any, records: Sequence[Record], spec: JudgeSpec,
-                settings: TrainSettings, batch_size: int) -> dict[str, float]:
-    """Seconds that one `stage` and the self-generated `reasonings` will take.
+def estimate_run(
+    records: Sequence[Record],
+    settings: TrainSettings,
+    *,
+    parallel: int,
+    gradient_checkpointing: bool = True,
+    **seed: Any,
+) -> dict[str, float]:
+    """Seconds that one `stage` on the records and the `reasonings` between the stages will take.
 
-    Trains nothing: the measured passes change no weights. `model` has a new adapter.
+    Trains nothing: a few passes of a new adapter are measured. `seed` says how the seed model is
+    loaded and asked, as for `train_adapter`; `parallel` reasonings are written at once.
 
     Raises:
         ValueError: no record can be trained on.
     """
+    model, tokenizer, spec = open_seed_model(**seed)
+    model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
     examples, dropped = encode_records(records, spec, TransformersVocabulary(tokenizer))
     if not examples:
         raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
     with TemporaryDirectory() as folder:
         trainer = CotRaftTrainer(model, examples, spec, tokenizer, Path(folder), settings)
         stage = _stage_seconds(trainer)
-    reasoning = fmean(len(example.ids) - example.prompt_length for example in examples)
 
     def batch_seconds(new_tokens: int) -> float:
-        sampling = dataclasses.replace(spec.sampling, max_new_tokens=new_tokens)
-        short = dataclasses.replace(spec, sampling=sampling)
+        sampling = replace(spec.sampling, max_new_tokens=new_tokens)
+        judge = Judge.from_model(model, tokenizer, replace(spec, sampling=sampling), parallel)
         start = time.perf_counter()
-        for _ in Judge.from_model(model, tokenizer, short, batch_size).score_many(
-                records[:batch_size]):
+        for _ in judge.score_many(records[:parallel]):
             pass
         return time.perf_counter() - start
 
     batch_seconds(1)  # warms up
     prompt = batch_seconds(1)
     token = max(0.0, batch_seconds(1 + MEASURED_TOKENS) - prompt) / MEASURED_TOKENS
-    batches = -(-len(records) // batch_size)
-    return {"stage": stage, "reasonings": batches * (prompt + token * reasoning)}
+    batches = -(-len(records) // parallel)
+    reasonings = batches * (prompt + token * fmean(map(_reasoning_length, examples)))
+    logger.info(
+        "this run takes about %.1f minutes: %.1f for each stage, %.1f for the reasonings between "
+        "them; export and evaluation come on top",
+        (2 * stage + reasonings) / 60,
+        stage / 60,
+        reasonings / 60,
+    )
+    return {"stage": stage, "reasonings": reasonings}
+
+
+def _reasoning_length(example: Example) -> int:
+    return len(example.ids) - example.prompt_length
 
 
 def _stage_seconds(trainer: CotRaftTrainer) -> float:

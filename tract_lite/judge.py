@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
+from collections import deque
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, Iterable, Iterator, Protocol, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
 
 import numpy as np
 
+from tract_lite.data.files import fingerprint
+from tract_lite.data.resume import ResumableRows
+from tract_lite.engines.task import Engine, Sample, Task, answers_in_order, sample_seed
 from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
-from tract_lite.rail import LOW_MASS, expected_score
-from tract_lite.records import Record
-from tract_lite.sampling import Sample, Task, sample_seed
-from tract_lite.spec import JudgeSpec
-from tract_lite.vocabulary import Vocabulary
+from tract_lite.rail import LOW_MASS
+from tract_lite.record import Record
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import JudgeSpec, SpecSource
+from tract_lite.training.settings import ADAPTER, SeedOptions
 
 logger = logging.getLogger(__name__)
 
-
-class Engine(Protocol):
-    """A model that answers tasks, with the exception for one that it can't answer.
-
-    `engine.LlamaEngine`, `torch_engine.TransformersEngine` or `server_engine.ServerEngine`.
-    """
-
-    spec: JudgeSpec
-    vocabulary: Vocabulary
-
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]: ...
-    def close(self) -> None: ...
+LOW_MASS_WARNING = (
+    "%d of %d judgements have less than %g of the probability on the labels: their scores are pulled down"
+)
 
 
 class Judge:
@@ -45,22 +40,23 @@ class Judge:
         self.spec = engine.spec
 
     @classmethod
-    def from_gguf(cls, path: str | Path, spec: JudgeSpec | None = None, *,
-                  adapter: str | Path | None = None, **options: Any) -> Judge:
+    def from_gguf(
+        cls, path: str | Path, spec: SpecSource | None = None, *, adapter: str | Path | None = None, **options: Any
+    ) -> Judge:
         """A judge from a GGUF file, run by llama.cpp; `options` are those of `LlamaEngine`.
 
-        With `adapter` (what `export_adapter` has written), the file is the adapter's seed, which
-        serves many judges: `use_adapter` goes on to the next one.
+        With `adapter` (what `export_adapter` has written), the file is the adapter's seed model,
+        which serves many judges: `use_adapter` goes on to the next one.
 
         Raises:
             ValueError: not a GGUF file, one without a judge spec and none is given, or an adapter
-                of another seed.
+                of another seed model.
         """
-        from tract_lite.engine import LlamaEngine
+        from tract_lite.engines.llama import LlamaEngine
 
         return cls(LlamaEngine(path, spec, adapter=adapter, **options))
 
-    def use_adapter(self, path: str | Path, spec: JudgeSpec | None = None) -> None:
+    def use_adapter(self, path: str | Path, spec: SpecSource | None = None) -> None:
         """Become the judge of another adapter on the same GGUF file, which stays loaded.
 
         Raises:
@@ -72,38 +68,86 @@ class Judge:
         self.spec = self.engine.spec
 
     @classmethod
-    def from_server(cls, url: str, model: str | None = None,
-                    spec: JudgeSpec | str | Path | None = None, **options: Any) -> Judge:
-        """A judge behind an OpenAI-compatible endpoint: llama-server, vLLM and others.
+    def from_server(cls, url: str, model: str | None = None, spec: SpecSource | None = None, **options: Any) -> Judge:
+        """A judge that llama-server or vLLM runs at `url`; `model` is its name there.
 
-        `model` is its name there. `spec`, or the path of one, of the judge's folder or of its GGUF,
-        is needed where the server runs on another machine. `options` are those of `ServerEngine`:
-        `parallel` (samples in flight), `timeout` (seconds), `retries`, `api_key`, `vocabulary`.
+        `spec`, or the path of one, of the judge's folder or of its GGUF, is needed where the server
+        runs on another machine. `options` are those of `ServerEngine`: `parallel` (samples in
+        flight), `timeout` (seconds), `retries`, `api_key`, `vocabulary`.
 
         Raises:
             ValueError: no spec, no such model, or the spec of another judge.
-            RuntimeError: nothing answers there, or what does is no server of completions.
+            RuntimeError: nothing answers there, or it is neither llama-server nor vLLM.
         """
-        from tract_lite.server_engine import ServerEngine
+        from tract_lite.engines.server import ServerEngine
 
         return cls(ServerEngine(url, model, spec, **options))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None,
-                        batch_size: int = 16) -> Judge:
+    def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None, parallel: int = 16) -> Judge:
         """A judge from a merged model folder, run by transformers in this machine's precision."""
-        from tract_lite.seed import load_seed
+        from tract_lite.training.seed_model import load_seed
 
         spec = spec or JudgeSpec.load(folder)
         model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers")
-        return cls.from_model(model, tokenizer, spec, batch_size)
+        weights = sorted(Path(folder).glob("*.safetensors"))
+        identity = {"fingerprint": [fingerprint(file) for file in weights]}
+        return cls.from_model(model, tokenizer, spec, parallel, identity)
 
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, spec: JudgeSpec, batch_size: int = 16) -> Judge:
-        """A judge from a loaded transformers model, with or without an adapter."""
-        from tract_lite.torch_engine import TransformersEngine
+    def from_adapter(
+        cls,
+        folder: str | Path,
+        *,
+        seed_model: str | Path | None = None,
+        precision: str | None = None,
+        parallel: int = 16,
+    ) -> Judge:
+        """A judge from the folder of a trained adapter, on its seed model as it was trained.
 
-        return cls(TransformersEngine(model, tokenizer, spec, batch_size))
+        `folder` is what `train_adapter` returns, or its stage's folder. `seed_model`: where the
+        seed model is now, if it is not where the training had it.
+
+        Raises:
+            ValueError: no adapter there, or one without a judge spec.
+        """
+        from tract_lite.training.seed_model import free_memory, load_adapter, load_seed
+
+        folder = Path(folder)
+        folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+        spec = JudgeSpec.load(folder)
+        free_memory()
+        model, tokenizer = load_seed(
+            seed_model or spec.base_model, spec.method.get("load_in_4bit", True), spec.max_length, precision=precision
+        )
+        identity = {"adapter": fingerprint(folder / "adapter_model.safetensors")}
+        return cls.from_model(load_adapter(model, folder), tokenizer, spec, parallel, identity)
+
+    @classmethod
+    def from_seed(
+        cls, seed_model: str | Path, scale: ScoreScale, *, parallel: int = 16, **options: Unpack[SeedOptions]
+    ) -> Judge:
+        """The seed model as a judge before any training, loaded as for training.
+
+        Raises:
+            ValueError: no such model, or the scale does not fit its vocabulary.
+        """
+        from tract_lite.training.seed_model import open_seed_model
+
+        model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
+        return cls.from_model(model, tokenizer, spec, parallel, {"seed_model": str(seed_model)})
+
+    @classmethod
+    def from_model(
+        cls, model: Any, tokenizer: Any, spec: JudgeSpec, parallel: int = 16, identity: Mapping[str, Any] | None = None
+    ) -> Judge:
+        """A judge from a loaded transformers model, with or without an adapter.
+
+        `parallel` sequences are decoded at once; `identity` tells the model from others.
+        """
+        from tract_lite.engines.transformers import TransformersEngine
+
+        return cls(TransformersEngine(model, tokenizer, spec, parallel, identity))
 
     def score(self, record: Record, n_cot: int = 1, seed: int = 0) -> Judgement:
         """Judge one record.
@@ -116,49 +160,41 @@ class Judge:
             raise ValueError(judgement.error)
         return judgement
 
-    def score_many(self, records: Iterable[Record], n_cot: int = 1, seed: int = 0, *,
-                   reasonings: Sequence[Sequence[Sequence[int]]] | None = None,
-                   ) -> Iterator[Judgement]:
+    def score_many(
+        self,
+        records: Iterable[Record],
+        n_cot: int = 1,
+        seed: int = 0,
+        *,
+        reasonings: Sequence[Sequence[Sequence[int]]] | None = None,
+        resume: str | Path | ResumableRows | None = None,
+    ) -> Iterator[Judgement]:
         """Judge records as they come, one judgement each, in input order.
 
         A record that can't be judged, with all its reasonings, gives a judgement with `error`. With
         `reasonings` (for each record, the ids of its reasonings) nothing is sampled: their scores
         are read. What is held in memory does not grow with the input. An error of `records` is
         raised after the judgements of all records before it, one of the engine at once.
+
+        `resume` names a JSONL file: judgements are added to it as they come, and records that have
+        theirs there are not judged again, unless they failed.
+
+        Raises:
+            ValueError: `resume` holds something else, or was judged by another judge or otherwise.
         """
-        waiting: dict[int, tuple[str | None, Exception | None]] = {}
-        broken: list[Exception] = []
+        if resume is None:
+            return self._judged(records, n_cot, seed, reasonings)
+        if reasonings is not None:
+            raise ValueError("give resume or reasonings, not both")
+        rows = resume if isinstance(resume, ResumableRows) else ResumableRows(resume)
+        rows.claim(self.how(n_cot, seed), self.engine.shape)
+        filled = rows.fill(records, lambda missing: (j.to_row() for j in self._judged(missing, n_cot, seed)))
+        return map(Judgement.from_row, filled)
 
-        def tasks() -> Iterator[Task]:
-            try:
-                for index, record in enumerate(records):
-                    task, fault = self._task(
-                        record, n_cot, seed, None if reasonings is None else reasonings[index])
-                    waiting[index] = getattr(record, "id", None), fault
-                    yield task
-            except Exception as error:
-                broken.append(error)
-
-        ready: dict[int, Judgement] = {}
-        following = low = 0
-        try:
-            for index, answer in self.engine.run(tasks()):
-                record_id, fault = waiting.pop(index)
-                ready[index] = self._judgement(record_id, fault or answer)
-                while following in ready:
-                    judgement = ready.pop(following)
-                    following += 1
-                    low += judgement.mass < LOW_MASS
-                    yield judgement
-            for index, (record_id, _) in waiting.items():
-                ready[index] = Judgement(record_id, error="the engine gave no answer")
-            yield from (ready[index] for index in sorted(ready))
-        finally:
-            if low:
-                logger.warning("%d of %d judgements have less than %g of the probability on the "
-                               "labels: their scores are pulled down", low, following, LOW_MASS)
-        if broken:
-            raise broken[0]
+    def how(self, n_cot: int = 1, seed: int = 0) -> dict[str, Any]:
+        """What makes judgements what they are: the model, the spec, how many reasonings, the seed."""
+        spec = hashlib.sha256(self.spec.to_json().encode("utf-8")).hexdigest()
+        return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed}
 
     def close(self) -> None:
         """Free the model."""
@@ -170,13 +206,40 @@ class Judge:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _task(self, record: Record, n_cot: int, seed: int,
-              given: Sequence[Sequence[int]] | None) -> tuple[Task, Exception | None]:
-        """What to ask of the engine, and what is wrong with the record.
+    def _judged(
+        self,
+        records: Iterable[Record],
+        n_cot: int,
+        seed: int,
+        reasonings: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> Iterator[Judgement]:
+        names: deque[str | None] = deque()
+        broken: list[Exception] = []
 
-        A faulty record is asked as an empty task. Every engine refuses that, so that its judgement
-        comes in its turn and does not have to wait in memory for the end of the input.
-        """
+        def asked() -> Iterator[Task | Exception]:
+            try:
+                for place, record in enumerate(records):
+                    names.append(getattr(record, "id", None))
+                    given = None if reasonings is None else reasonings[place]
+                    yield self._task(record, n_cot, seed, given)
+            except Exception as error:
+                broken.append(error)
+
+        count = low = 0
+        try:
+            for answer in answers_in_order(self.engine, asked()):
+                judgement = self._judgement(names.popleft(), answer)
+                count += 1
+                low += judgement.mass < LOW_MASS
+                yield judgement
+        finally:
+            if low:
+                logger.warning(LOW_MASS_WARNING, low, count, LOW_MASS)
+        if broken:
+            raise broken[0]
+
+    def _task(self, record: Record, n_cot: int, seed: int, given: Sequence[Sequence[int]] | None) -> Task | Exception:
+        """What to ask of the engine, or what is wrong with the record."""
         try:
             if not isinstance(record, Record):
                 raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
@@ -185,37 +248,26 @@ class Judge:
                 raise ValueError("no reasoning is asked for")
             source = f"{record.id}/{record.key}"
             seeds = [sample_seed(seed, source, number) for number in range(count)]
-            return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given), None
+            return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
         # Whatever one record makes fail: the others can be judged.
         except Exception as error:
-            return Task([], []), error
+            return error
 
-    def _judgement(self, record_id: str | None, answer: list[Sample] | Exception) -> Judgement:
+    def _judgement(self, name: str | None, answer: list[Sample] | Exception) -> Judgement:
         if isinstance(answer, Exception):
             kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
             text = ": ".join(filter(None, (kind, str(answer)))) or type(answer).__name__
-            return Judgement(record_id, error=text)
+            return Judgement(name, error=text)
         rows = np.exp([sample.label_log_probabilities for sample in answer])
         if np.isnan(rows).any():
-            return Judgement(record_id, error="the model's probabilities are not numbers (NaN)")
-        values = np.array(self.spec.scale.values)
-        scores = expected_score(rows, values)
-        mean = rows.mean(axis=0)
-        mass = float(mean.sum())
-        share = mean / (mass or math.nan)
-        centred = values - expected_score(share, values)
-        return Judgement(
-            id=record_id,
-            score=float(scores.mean()),
-            probabilities=dict(zip(self.spec.scale.labels, mean.tolist())),
-            mass=mass,
+            return Judgement(name, error="the model's probabilities are not numbers (NaN)")
+        return Judgement.from_probabilities(
+            name,
+            rows,
+            dict(zip(self.spec.scale.labels, self.spec.scale.values)),
             feedback=[self.engine.vocabulary.decode(s.reasoning).strip() for s in answer],
-            scores=scores.tolist(),
-            std=math.sqrt(expected_score(share, centred**2)),
-            mode=float(values[mean.argmax()]),
             truncated=any(sample.truncated for sample in answer),
             feedback_ids=[list(sample.reasoning) for sample in answer],
-            values=dict(zip(self.spec.scale.labels, self.spec.scale.values)),
             missing_mass=float(np.mean([sample.missing_mass for sample in answer])),
             error_bound=float(np.mean([sample.error_bound for sample in answer])),
         )

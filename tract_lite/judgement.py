@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import stdev
 from typing import Any, Iterator, Mapping
 
-from tract_lite.rail import LOW_MASS
-from tract_lite.records import Record
+import numpy as np
+
+from tract_lite.rail import LOW_MASS, expected_score
+from tract_lite.record import Record
 
 # Eighths of a character.
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -55,6 +57,32 @@ class Judgement:
     missing_mass: float = 0.0
     error_bound: float = 0.0
 
+    @classmethod
+    def from_probabilities(
+        cls, name: str | None, rows: np.ndarray, values: Mapping[str, float], **fields: Any
+    ) -> Judgement:
+        """The judgement that the labels' probabilities (n_cot, K) after each reasoning make.
+
+        `values` is what each label stands for, `fields` are further ones of the judgement.
+        """
+        numbers = np.array(list(values.values()))
+        scores = expected_score(rows, numbers)
+        mean = rows.mean(axis=0)
+        mass = float(mean.sum())
+        share = mean / (mass or math.nan)
+        centred = numbers - expected_score(share, numbers)
+        return cls(
+            name,
+            score=float(scores.mean()),
+            probabilities=dict(zip(values, mean.tolist())),
+            mass=mass,
+            scores=scores.tolist(),
+            std=math.sqrt(expected_score(share, centred**2)),
+            mode=float(numbers[mean.argmax()]),
+            values=dict(values),
+            **fields,
+        )
+
     @property
     def spread(self) -> float:
         """The standard deviation of `scores` between reasonings (n - 1 in the denominator).
@@ -75,15 +103,18 @@ class Judgement:
         """
         for judgement in (self, other):
             if not judgement.mass > 0:
-                raise ValueError(f"item {judgement.id!r} has no score to compare: "
-                                 f"{judgement.error or 'its labels have no probability'}")
+                raise ValueError(
+                    f"item {judgement.id!r} has no score to compare: "
+                    f"{judgement.error or 'its labels have no probability'}"
+                )
         if self.values != other.values:
-            raise ValueError("judgements on different scales can't be compared: "
-                             f"{self.values} and {other.values}")
+            raise ValueError(f"judgements on different scales can't be compared: {self.values} and {other.values}")
         value = self.values
-        won = sum(p * q * ((value[a] > value[b]) + (value[a] == value[b]) / 2)
-                  for a, p in self.probabilities.items()
-                  for b, q in other.probabilities.items())
+        won = sum(
+            p * q * ((value[a] > value[b]) + (value[a] == value[b]) / 2)
+            for a, p in self.probabilities.items()
+            for b, q in other.probabilities.items()
+        )
         return won / (self.mass * other.mass)
 
     def to_row(self) -> dict[str, Any]:
@@ -95,8 +126,12 @@ class Judgement:
     def from_row(cls, row: Mapping[str, Any]) -> Judgement:
         """The judgement that `to_row` wrote; other columns are left alone."""
         absent = {"id": None, "error": None}
-        return cls(**{item.name: absent.get(item.name, math.nan) if row[item.name] is None
-                      else row[item.name] for item in fields(cls)})
+        return cls(
+            **{
+                item.name: absent.get(item.name, math.nan) if row[item.name] is None else row[item.name]
+                for item in fields(cls)
+            }
+        )
 
     def explain(self, record: Record | None = None, width: int | None = None) -> str:
         """The judgement as a person reads it: reasonings, a bar for each label, figures, warnings.
@@ -131,8 +166,10 @@ class Judgement:
             yield f"gold {record.score:g}"
 
     def _bars(self, width: int) -> Iterator[str]:
-        names = {label: _visible(label) + ("" if label == f"{value:g}" else f" ({value:g})")
-                 for label, value in self.values.items()}
+        names = {
+            label: _visible(label) + ("" if label == f"{value:g}" else f" ({value:g})")
+            for label, value in self.values.items()
+        }
         column = max(map(len, names.values()), default=0)
         length = max(width - column - 9, 8)
         for label, probability in self.probabilities.items():
@@ -147,11 +184,12 @@ class Judgement:
         if self.truncated:
             yield "the length limit stopped a reasoning: its score stands after an unfinished text"
         if self.mass < LOW_MASS:
-            yield (f"only {self.mass:.2f} of the probability lies on the labels: the score is "
-                   "pulled down")
+            yield (f"only {self.mass:.2f} of the probability lies on the labels: the score is pulled down")
         if self.error_bound:
-            yield (f"read from the top log-probabilities, which miss {self.missing_mass:.2g} of "
-                   f"the probability: the score may be off by {self.error_bound:.2g}")
+            yield (
+                f"read from the top log-probabilities, which miss {self.missing_mass:.2g} of "
+                f"the probability: the score may be off by {self.error_bound:.2g}"
+            )
 
 
 def _visible(text: str) -> str:
@@ -166,6 +204,7 @@ def _section(title: str, text: str, width: int) -> Iterator[str]:
     """A title with the wrapped text below it, its line breaks kept, and an empty line."""
     yield title
     for line in text.strip().splitlines() or ["(empty)"]:
-        yield from textwrap.wrap(_visible(line.expandtabs(4)), width, initial_indent="  ",
-                                 subsequent_indent="  ") or [""]
+        yield from textwrap.wrap(_visible(line.expandtabs(4)), width, initial_indent="  ", subsequent_indent="  ") or [
+            ""
+        ]
     yield ""

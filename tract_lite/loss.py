@@ -75,9 +75,7 @@ def cot_raft_loss(
     score_mask = is_score[rows, positions + 1]
 
     num_tokens = _at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
-    num_sequences = _at_least_one(
-        score_mask.sum() if num_sequences is None else num_sequences, labels
-    )
+    num_sequences = _at_least_one(score_mask.sum() if num_sequences is None else num_sequences, labels)
     # The gradient is formed in the forward pass, so each position carries its final weights.
     loss, ce, raft, expected = _CotRaft.apply(
         hidden_states[rows, positions],
@@ -133,9 +131,7 @@ class _CotRaft(torch.autograd.Function):
                 if needs_hidden or needs_weight:
                     pull = 2 * scale * raft_weight * error
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
-                    grad[:, ids] = label_probabilities * (
-                        ce_weight[:, None] + pull[:, None] * (values - y[:, None])
-                    )
+                    grad[:, ids] = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
                     grad.scatter_add_(1, token, -ce_weight[:, None])
                     if needs_hidden:
                         grad_hidden[chunk] = _project_back(grad, weight)
@@ -151,10 +147,7 @@ class _CotRaft(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         # The scale of a gradient scaler is applied before the cast, so float16 does not underflow.
-        grads = [
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.grads, ctx.types)
-        ]
+        grads = [None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.types)]
         return *grads, None, None, None, None, None, None, None
 
 

@@ -12,6 +12,10 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from tract_lite.judgement import Judgement
+
+Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 RESAMPLES = 1000
 # Resamples measured at once: bounds the memory of many items.
 CHUNK = 20
@@ -33,9 +37,7 @@ def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dic
     predicted = np.array(list(predictions), dtype=np.float64)
     gold = np.array(list(golds), dtype=np.float64)
     if gold.size == 0 or predicted.shape != gold.shape:
-        raise ValueError(
-            f"predictions and golds must pair up, got {predicted.size} and {gold.size} of them"
-        )
+        raise ValueError(f"predictions and golds must pair up, got {predicted.size} and {gold.size} of them")
     if not np.isfinite(gold).all():
         items = np.flatnonzero(~np.isfinite(gold)).tolist()
         raise ValueError(f"gold scores must be finite; those of items {items[:20]} are not")
@@ -45,42 +47,76 @@ def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dic
         # NaN already says that a figure is undefined.
         warnings.simplefilter("ignore", RuntimeWarning)
         figures = {name: float(figure(predicted, gold)) for name, figure in _FIGURES.items()}
-        intervals = _intervals(predicted, gold)
-    return figures | {
-        "coverage": float(used.mean()),
-        "count": int(used.sum()),
-        "intervals": intervals,
+    intervals = _bootstrap(lambda figure, i: figure(predicted[i], gold[i]), gold.size)
+    return figures | {"coverage": float(used.mean()), "count": int(used.sum()), "intervals": intervals}
+
+
+def compare_judges(
+    judged_a: Sequence[Judgement | float | None], judged_b: Sequence[Judgement | float | None], golds: Sequence[float]
+) -> dict[str, Any]:
+    """How much better one judge is than another on the same items, in the same order.
+
+    `differences` are the figures of a minus those of b, over the items that both have judged:
+    `count` of them. A negative difference in rmse or mae means that a errs less. `intervals` are
+    95 % percentile bootstraps with a fixed seed; items are drawn in pairs, so that what makes an
+    item hard for both does not count. `a` and `b` hold what `evaluate` says of each on these items.
+
+    Raises:
+        ValueError: lengths that differ, no item that both have judged, or a gold score that is not
+            finite.
+    """
+    a, b = (np.array([_score_of(one) for one in judged]) for judged in (judged_a, judged_b))
+    gold = np.array(list(golds), dtype=np.float64)
+    if not a.shape == b.shape == gold.shape:
+        raise ValueError(f"the judgements and golds must pair up, got {a.size}, {b.size} and {gold.size}")
+    both = np.isfinite(a) & np.isfinite(b)
+    if not both.any():
+        raise ValueError("there is no item that both judges have judged")
+    a, b, gold = a[both], b[both], gold[both]
+    figures = {"a": evaluate(a, gold), "b": evaluate(b, gold)}
+    draws = _bootstrap(lambda figure, items: figure(a[items], gold[items]) - figure(b[items], gold[items]), gold.size)
+    return {
+        "count": int(both.sum()),
+        "differences": {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL},
+        "intervals": draws,
+        **figures,
     }
 
 
+def _score_of(judged: Judgement | float | None) -> float:
+    score = judged.score if isinstance(judged, Judgement) else judged
+    return math.nan if score is None else float(score)
+
+
 def format_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """A markdown table of `evaluate` results, one named row each, with three decimals."""
+    """A markdown table, one named row each: texts as they are, figures with three decimals."""
     cells = [["", *columns]]
-    for name, figures in rows.items():
-        cells.append([name, *(f"{figures[column]:.3f}" for column in columns)])
+    for name, values in rows.items():
+        shown = (values[column] for column in columns)
+        cells.append([name, *(v if isinstance(v, str) else f"{v:.3f}" for v in shown)])
     widths = [max(map(len, column)) for column in zip(*cells)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
-    for first, *numbers in (cells[0], rule, *cells[1:]):
-        padded = [first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
+    for first, *others in (cells[0], rule, *cells[1:]):
+        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
 
 
-def _intervals(predicted: np.ndarray, gold: np.ndarray) -> dict[str, tuple[float, float]]:
-    if gold.size < 2:
+def _bootstrap(measure: Callable[[Figure, np.ndarray], np.ndarray], count: int) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of the figures that have one, over resamples of `count` items."""
+    if count < 2:
         return dict.fromkeys(WITH_INTERVAL, (math.nan, math.nan))
     random = np.random.default_rng(0)
     draws: dict[str, list[np.ndarray]] = {name: [] for name in WITH_INTERVAL}
-    for _ in range(RESAMPLES // CHUNK):
-        items = random.integers(gold.size, size=(CHUNK, gold.size))
-        for name, values in draws.items():
-            values.append(_FIGURES[name](predicted[items], gold[items]))
-    # A resample can be constant, and its correlation NaN, where the items are few.
-    return {
-        name: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist())
-        for name, values in draws.items()
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for _ in range(RESAMPLES // CHUNK):
+            items = random.integers(count, size=(CHUNK, count))
+            for name, values in draws.items():
+                values.append(measure(_FIGURES[name], items))
+        # A resample can be constant, and its correlation NaN, where the items are few.
+        return {name: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist()) for name, values in draws.items()}
 
 
 def _pearson(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -122,7 +158,11 @@ def _qwk(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return 1 - np.mean((a - b) ** 2, axis=-1) / chance
 
 
-_FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "pearson": _pearson, "spearman": _spearman, "kendall": _kendall,
-    "rmse": _rmse, "mae": _mae, "qwk": _qwk,
+_FIGURES: dict[str, Figure] = {
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "kendall": _kendall,
+    "rmse": _rmse,
+    "mae": _mae,
+    "qwk": _qwk,
 }

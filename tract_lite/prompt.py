@@ -7,86 +7,17 @@ and label are encoded apart in training and in judging alike.
 from __future__ import annotations
 
 import re
-from typing import Any, Sequence
+from typing import Sequence
 
 from jinja2 import StrictUndefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
-from tract_lite.records import Record
-from tract_lite.scale import ScoreScale, find_score_tokens
-from tract_lite.spec import MARKER, JudgeSpec
-from tract_lite.vocabulary import TransformersVocabulary, Vocabulary, split_specials
-
-SLOT = "{prompt}"
-
-# What consecutive items share stands first, so that an engine can reuse its cache.
-DEFAULT_TEMPLATE = """\
-### Task
-Judge how well a response follows its instruction, by the rubric alone. First write your \
-reasoning: what the response does and what it lacks. Then close with "{{ marker }}" and one of \
-these scores: {{ labels | join(", ") }}.
-
-### Rubric
-{{ rubric.criteria }}
-{% for label, description in rubric.descriptions.items() %}
-Score {{ label }}: {{ description }}
-{% endfor %}
-
-### Instruction
-{{ instruction }}
-
-{% if reference %}
-### Reference answer with the highest score
-{{ reference }}
-
-{% endif %}
-### Response
-{{ response }}
-
-### Reasoning
-"""
+from tract_lite.record import Record
+from tract_lite.spec import SLOT, JudgeSpec
+from tract_lite.vocabulary import Vocabulary
 
 _TAIL = re.compile(r"(\[RESULT\]|So the overall score is)\s*:?\s*\S{0,12}\s*$", re.IGNORECASE)
 _environment = SandboxedEnvironment(trim_blocks=True, undefined=StrictUndefined)
-
-
-def make_spec(tokenizer: Any, scale: ScoreScale, *, template: str = DEFAULT_TEMPLATE,
-              marker: str = MARKER, **fields: Any) -> JudgeSpec:
-    """A judge's spec for the vocabulary and the chat format of a transformers tokenizer.
-
-    `fields` are further fields of `JudgeSpec`.
-
-    Raises:
-        ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
-    """
-    vocabulary = TransformersVocabulary(tokenizer)
-    tokens = find_score_tokens(vocabulary, marker, scale)
-    return JudgeSpec(
-        template=template,
-        scale=scale,
-        chat=tuple(chat_pieces(tokenizer, vocabulary)),
-        marker_ids=tokens.marker,
-        label_ids=tokens.labels,
-        pieces=tuple(vocabulary.pieces(tokens.marker + tokens.labels)),
-        eos_id=vocabulary.eos_id,
-        marker=marker,
-        **fields,
-    )
-
-
-def chat_pieces(tokenizer: Any, vocabulary: TransformersVocabulary) -> list[int | str]:
-    """The tokenizer's chat format around one user message, as special ids and text.
-
-    A tokenizer without a chat template gets its start token, if any, and the bare prompt.
-    """
-    if not tokenizer.chat_template:
-        start = tokenizer("")["input_ids"]
-        return [i for i in start if i != vocabulary.eos_id or i == tokenizer.bos_token_id] + [SLOT]
-    message = [{"role": "user", "content": SLOT}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    if text.count(SLOT) != 1:
-        raise ValueError("the chat template does not repeat the user's message once and unchanged")
-    return split_specials(text, vocabulary.specials)
 
 
 def render(record: Record, spec: JudgeSpec) -> str:
@@ -99,8 +30,12 @@ def render(record: Record, spec: JudgeSpec) -> str:
         return record.prompt
     try:
         return _environment.from_string(spec.template).render(
-            instruction=record.instruction, response=record.response, rubric=record.rubric,
-            reference=record.reference, marker=spec.marker, labels=spec.scale.labels,
+            instruction=record.instruction,
+            response=record.response,
+            rubric=record.rubric,
+            reference=record.reference,
+            marker=spec.marker,
+            labels=spec.scale.labels,
         )
     except UndefinedError as error:
         missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
@@ -153,19 +88,18 @@ class Reasoning:
 
     def _marker_start(self) -> int | None:
         marker = list(self._spec.marker_ids)
-        if self.ids[-len(marker):] == marker:
+        if self.ids[-len(marker) :] == marker:
             return len(self.ids) - len(marker)
         # At worst each of its bytes is a token.
         start = max(0, len(self.ids) - len(self._spec.marker.encode()) - 4)
         if self._spec.marker not in self._vocabulary.decode(self.ids[start:]):
             return None
-        while self._spec.marker in self._vocabulary.decode(self.ids[start + 1:]):
+        while self._spec.marker in self._vocabulary.decode(self.ids[start + 1 :]):
             start += 1
         return start
 
 
-def cut_reasoning(ids: Sequence[int], spec: JudgeSpec,
-                  vocabulary: Vocabulary) -> tuple[list[int], bool]:
+def cut_reasoning(ids: Sequence[int], spec: JudgeSpec, vocabulary: Vocabulary) -> tuple[list[int], bool]:
     """The reasoning in generated ids, and whether it was complete (not cut off by a limit)."""
     reasoning = Reasoning(spec, vocabulary)
     complete = any(reasoning.add(token) for token in ids)

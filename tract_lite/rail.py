@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Hashable, Iterable, Sequence
+from typing import Iterable, Sequence
 
 import numpy as np
 
@@ -59,18 +59,18 @@ class TopReading:
     error_bound: float
 
 
-def read_top_log_probabilities(top: Iterable[tuple[Hashable, float]], labels: Sequence[Hashable],
-                               values: Sequence[float], *, distinct: bool = True) -> TopReading:
+def read_top_log_probabilities(
+    top: Iterable[tuple[int, float]], labels: Sequence[int], values: Sequence[float]
+) -> TopReading:
     """Read the labels from the `top` tokens of a position, each with its log-probability.
 
-    `labels` are tokens in the same terms (ids or texts), `values` what they stand for. A label that
-    is not there is no likelier than the least likely token that is. Not `distinct`: several tokens
-    may share a text, so that any label may lack some of what is missing.
+    `labels` are the labels' tokens, `values` what they stand for. A label that is not there is no
+    likelier than the least likely token that is.
 
     Raises:
         ValueError: these can't be the log-probabilities of a distribution's top tokens.
     """
-    found: dict[Hashable, float] = {}
+    found: dict[int, float] = {}
     for token, log_probability in top:
         if not isinstance(log_probability, (int, float)) or not log_probability <= _ROUNDING:
             raise ValueError(f"{log_probability} is no log-probability")
@@ -83,8 +83,7 @@ def read_top_log_probabilities(top: Iterable[tuple[Hashable, float]], labels: Se
     if total > 1 + _ROUNDING:
         raise ValueError(f"the probabilities sum to {total:.3f}")
     missing = max(0.0, 1.0 - total)
-    unsure = [value for label, value in zip(labels, values) if not distinct or label not in found]
-    least = math.exp(min(found.values()))
-    unseen = min(missing, len(unsure) * least) if distinct else missing
+    unsure = [value for label, value in zip(labels, values) if label not in found]
+    unseen = min(missing, len(unsure) * math.exp(min(found.values())))
     rows = np.array([found.get(label, -math.inf) for label in labels], dtype=np.float64)
     return TopReading(rows, missing, unseen * max(map(abs, unsure), default=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -44,7 +45,20 @@ class ScoreScale:
         numbers = range(low, high + 1)
         return cls(tuple(str(n) for n in numbers), tuple(float(n) for n in numbers))
 
+    @classmethod
+    def parse(cls, text: str) -> ScoreScale:
+        """The scale that a text names: "1-5", also "0-10" or "-2-2".
+
+        Raises:
+            ValueError: no lowest and highest whole number, or the highest is not above the lowest.
+        """
+        ends = re.fullmatch(r"\s*([+-]?\d+)\s*-\s*([+-]?\d+)\s*", text)
+        if not ends or int(ends[1]) >= int(ends[2]):
+            raise ValueError(f"the scale {text!r} can't be read: give its lowest and highest score, as in 1-5")
+        return cls.integers(int(ends[1]), int(ends[2]))
+
     def contains(self, score: float) -> bool:
+        """Whether a score, perhaps between two labels, lies on the scale."""
         return min(self.values) <= score <= max(self.values)
 
     def nearest(self, score: float) -> int:
@@ -73,11 +87,9 @@ def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) ->
     if tokens is not None:
         return tokens
     common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
-    fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common
-               if _score_tokens(vocabulary, marker, s)]
+    fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common if _score_tokens(vocabulary, marker, s)]
     anchor = len(vocabulary.encode(ANCHOR))
-    pieces = {label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[anchor:])
-              for label in scale.labels}
+    pieces = {label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[anchor:]) for label in scale.labels}
     raise ValueError(
         f"each label must be one token of its own in this vocabulary, found {pieces}; "
         f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
@@ -95,7 +107,7 @@ def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> Sco
     labels = tuple(ids[-1] for ids in spelled)
     if len(set(labels)) < len(labels):
         return None
-    return ScoreTokens(tuple(shared[len(anchor):]), labels)
+    return ScoreTokens(tuple(shared[len(anchor) :]), labels)
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Everything a judge must know to be the same judge again."""
+"""All that makes a judge the same judge again: scale, template, chat format, marker, sampling."""
 
 from __future__ import annotations
 
@@ -8,12 +8,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tract_lite.scale import ScoreScale
-from tract_lite.vocabulary import Vocabulary
+from tract_lite.scale import ScoreScale, find_score_tokens
+from tract_lite.vocabulary import TransformersVocabulary, Vocabulary, split_specials
 
 SPEC_FILE = "judge_spec.json"
 FORMAT = 1
 MARKER = "So the overall score is"
+SLOT = "{prompt}"
+
+# What consecutive items share stands first, so that an engine can reuse its cache.
+DEFAULT_TEMPLATE = """\
+### Task
+Judge how well a response follows its instruction, by the rubric alone. First write your \
+reasoning: what the response does and what it lacks. Then close with "{{ marker }}" and one of \
+these scores: {{ labels | join(", ") }}.
+
+### Rubric
+{{ rubric.criteria }}
+{% for label, description in rubric.descriptions.items() %}
+Score {{ label }}: {{ description }}
+{% endfor %}
+
+### Instruction
+{{ instruction }}
+
+{% if reference %}
+### Reference answer with the highest score
+{{ reference }}
+
+{% endif %}
+### Response
+{{ response }}
+
+### Reasoning
+"""
 
 
 @dataclass(frozen=True)
@@ -100,3 +128,47 @@ class JudgeSpec:
         if not path.is_file():
             raise ValueError(f"no judge spec at {path}: is this a tract-lite judge?")
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+# A spec, or the path of one: its file, the folder that holds it, or a judge's GGUF file.
+SpecSource = JudgeSpec | str | Path
+
+
+def make_spec(
+    tokenizer: Any, scale: ScoreScale, *, template: str = DEFAULT_TEMPLATE, marker: str = MARKER, **fields: Any
+) -> JudgeSpec:
+    """A judge's spec for the vocabulary and the chat format of a transformers tokenizer.
+
+    `fields` are further fields of `JudgeSpec`.
+
+    Raises:
+        ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
+    """
+    vocabulary = TransformersVocabulary(tokenizer)
+    tokens = find_score_tokens(vocabulary, marker, scale)
+    return JudgeSpec(
+        template=template,
+        scale=scale,
+        chat=tuple(chat_pieces(tokenizer, vocabulary)),
+        marker_ids=tokens.marker,
+        label_ids=tokens.labels,
+        pieces=tuple(vocabulary.pieces(tokens.marker + tokens.labels)),
+        eos_id=vocabulary.eos_id,
+        marker=marker,
+        **fields,
+    )
+
+
+def chat_pieces(tokenizer: Any, vocabulary: TransformersVocabulary) -> list[int | str]:
+    """The tokenizer's chat format around one user message, as special ids and text.
+
+    A tokenizer without a chat template gets its start token, if any, and the bare prompt.
+    """
+    if not tokenizer.chat_template:
+        start = tokenizer("")["input_ids"]
+        return [i for i in start if i != vocabulary.eos_id or i == tokenizer.bos_token_id] + [SLOT]
+    message = [{"role": "user", "content": SLOT}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    if text.count(SLOT) != 1:
+        raise ValueError("the chat template does not repeat the user's message once and unchanged")
+    return split_specials(text, vocabulary.specials)

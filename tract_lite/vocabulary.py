@@ -12,7 +12,6 @@ import unicodedata
 from functools import cached_property
 from typing import Any, Protocol, Sequence
 
-
 SPM_SPACE = "\u2581"
 
 
@@ -66,14 +65,10 @@ class TransformersVocabulary:
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(
-            clean_text(text), add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
+        return self.tokenizer(clean_text(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return self.tokenizer.convert_ids_to_tokens(list(ids))
@@ -104,9 +99,7 @@ class GGUFVocabulary:
     def _tokenize(self, text: str) -> list[int]:
         data = text.encode("utf-8")
         ids = (self._llama.llama_token * (len(data) + 8))()
-        count = self._llama.llama_tokenize(
-            self._vocab, data, len(data), ids, len(ids), False, False
-        )
+        count = self._llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
         if count < 0:
             raise RuntimeError(f"llama.cpp could not tokenise a text of {len(data)} bytes")
         return ids[:count]
@@ -128,9 +121,7 @@ class GGUFVocabulary:
         size = 16 * len(ids) + 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = self._llama.llama_detokenize(
-                self._vocab, array, len(ids), buffer, size, True, False
-            )
+            count = self._llama.llama_detokenize(self._vocab, array, len(ids), buffer, size, True, False)
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
             size = -count

@@ -1,0 +1,57 @@
+"""What a run without data or without a seed model takes: ordinary files, made here.
+
+The built-in example becomes data, held-out items and a template in the run's folder; a toy seed
+model is trained from nothing on the text that it is to judge.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Sequence
+
+import example
+
+from tract_lite import Judgement, Preset, Record, Run, Splits, make_toy_seed_model, read_splits, write_records
+
+logger = logging.getLogger("prepare")
+
+BEST = "true mean (best possible)"
+
+
+def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
+    """The preset with all files and models named, and the splits of its data, the same at every call."""
+    own_data = preset.data is not None
+    if not own_data:
+        folder = run.once("example", write_example, run, preset.max_items, preset.max_held_out)
+        files = {"data": "data.jsonl", "held_out": "held_out.jsonl", "template": "template.jinja"}
+        preset = replace(preset, **{name: str(folder / file) for name, file in files.items()})
+    data = run.data(read_splits, **preset.splits)
+    if preset.seed_model is None:
+        if own_data:
+            logger.warning(
+                "no --seed-model: a toy is trained on the text of the data, to show the way; for a judge of use, "
+                "choose a real one"
+            )
+            answered = [replace(record, feedback=record.feedback or record.response) for record in data.training]
+            made = _toy_seed_model(preset, answered, vocabulary_size=4000, steps=100)
+        else:
+            made = _toy_seed_model(preset, example.pretraining_records(), vocabulary_size=800, steps=500)
+        preset = replace(preset, seed_model=str(made))
+    return preset, data
+
+
+def write_example(run: Run, training: int, held_out: int, folder: Path) -> None:
+    """The built-in example as files, and what the best possible judge says of its held-out items."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = example.make_items(held_out, example.HELD_OUT_SEED)
+    write_records(folder / "data.jsonl", [i.record for i in example.make_items(training, example.TRAINING_SEED)])
+    write_records(folder / "held_out.jsonl", [item.record for item in items])
+    (folder / "template.jinja").write_text(example.TEMPLATE, encoding="utf-8")
+    run.keep_judged(BEST, [Judgement(item.record.id, score=item.mean) for item in items])
+
+
+def _toy_seed_model(preset: Preset, records: Sequence[Record], **size: int) -> Path:
+    fields = {name: preset.seed[name] for name in ("scale", "template", "max_length", "sampling")}
+    return make_toy_seed_model(records, **size, **fields)

@@ -1,0 +1,117 @@
+"""Judging data as records: read from files and the hub, or taken from dicts and data frames."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Iterable, Mapping, Sequence
+
+from tract_lite.data.files import read_rows
+from tract_lite.data.formats import record_to_row, to_record
+from tract_lite.data.jsonl import write_rows
+from tract_lite.record import Record, digest
+from tract_lite.scale import ScoreScale
+
+logger = logging.getLogger(__name__)
+
+
+class BadRows(ValueError):
+    """Unusable rows; `rows` has the place and the fault of each, the message the first 20."""
+
+    def __init__(self, source: str, rows: Sequence[str]):
+        shown = [*rows[:20], "..."] if len(rows) > 20 else rows
+        summary = f"{source}: unusable rows: {len(rows)}; skip_bad=True or --skip-bad omits them;"
+        super().__init__("\n  ".join([summary, *shown]))
+        self.rows = list(rows)
+
+
+def read_records(
+    path_or_hub_id: str | Path,
+    format: str = "auto",
+    split: str | None = None,
+    *,
+    scale: ScoreScale | None = None,
+    skip_bad: bool = False,
+    rejected: list[str] | None = None,
+) -> list[Record]:
+    """Read JSONL, JSON, CSV, Parquet or a hub data set into records, each with an id of its own.
+
+    `"-"` is JSONL from standard input; `split` belongs to hub data sets ("train" if None). A row
+    without an id gets its position, from 0. With a `scale`, a score outside its range is bad.
+    With `skip_bad`, bad rows are left out, counted in a warning and appended to `rejected`.
+
+    Raises:
+        FileNotFoundError: no such file, and not a hub id either.
+        BadRows: some rows are unusable; names them all.
+        ValueError: the source can't be read, or no row of it is usable.
+    """
+    source = str(path_or_hub_id)
+    return _to_records(source, read_rows(source, format, split), scale, skip_bad, rejected)
+
+
+def records_from(
+    rows: Iterable[Mapping[str, Any]] | Any,
+    *,
+    scale: ScoreScale | None = None,
+    skip_bad: bool = False,
+    rejected: list[str] | None = None,
+) -> list[Record]:
+    """The records of dicts, or of a pandas DataFrame, as a file of these rows would be read.
+
+    The other arguments are those of `read_records`.
+
+    Raises:
+        BadRows: some rows are unusable; names them all.
+        ValueError: no row is usable.
+    """
+    if hasattr(rows, "notna"):
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    placed = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    return _to_records("the rows given", placed, scale, skip_bad, rejected)
+
+
+def _to_records(
+    source: str, rows: Iterable[tuple[str, Any]], scale: ScoreScale | None, skip_bad: bool, rejected: list[str] | None
+) -> list[Record]:
+    records: dict[str, Record] = {}
+    bad = []
+    for position, (place, row) in enumerate(rows):
+        try:
+            record = to_record(row, str(position), scale)
+            if record.id in records:
+                raise ValueError(f"the id {record.id!r} belongs to an earlier row")
+            records[record.id] = record
+        except ValueError as error:
+            bad.append(f"{place}: {error}")
+    if bad and not skip_bad:
+        raise BadRows(source, bad)
+    if bad:
+        logger.warning("%s: unusable rows left out: %d; the first: %s", source, len(bad), bad[0])
+    if rejected is not None:
+        rejected.extend(bad)
+    if not records:
+        raise ValueError(f"{source} has no usable row")
+    return list(records.values())
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write records as JSONL that `read_records` reads back, without their annotations."""
+    write_rows(path, map(record_to_row, records))
+
+
+def split_records(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
+    """Split by key into (rest, held out), in order, so that no prompt stands on both sides.
+
+    Holds out about `fraction` of the keys: never all, and at least one of several unless it is 0.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
+    keys = [record.key for record in records]
+    drawn = sorted(set(keys), key=lambda key: digest([seed, key]))
+    count = max(1, round(fraction * len(drawn))) if fraction else 0
+    held_out = set(drawn[: min(count, len(drawn) - 1)])
+    rest = [record for record, key in zip(records, keys) if key not in held_out]
+    return rest, [record for record, key in zip(records, keys) if key in held_out]

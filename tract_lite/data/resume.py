@@ -1,0 +1,157 @@
+"""The one way to go on after a stop: rows that are appended as they come, each with the id and the
+content's key of its record, and beside them how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+
+from tract_lite.data.jsonl import append_row, read_json, read_lines, replacing, write_json
+from tract_lite.record import Record
+
+Row = Mapping[str, Any]
+
+
+def claim(file: Path, how: Row) -> None:
+    """Keep how something is made, unless the file says so already.
+
+    Raises:
+        ValueError: it was made in another way; a line for each thing that differs.
+    """
+    how = json.loads(json.dumps(how))
+    try:
+        before = read_json(file)
+        other = [name for name in how if file.exists() and before.get(name) != how[name]]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another output") from error
+    if other:
+        lines = [f"{name}: {before.get(name)!r} there, {how[name]!r} now" for name in other]
+        raise ValueError("\n  ".join([f"{file} is of other settings, choose another output or these:", *lines]))
+    if not file.exists():
+        write_json(file, how)
+
+
+class ResumableRows:
+    """Rows in a JSONL file, which a stopped call leaves whole and the next one goes on with.
+
+    A row belongs to the record whose `id` and `key` it has. One with an `error` can be read, but
+    its record still lacks a row that counts. Of two rows of one id the later one stands.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.run_file = self.path.with_suffix(".run.json")
+        self._keys: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._failed: set[str] = set()
+        self._superseded = start = 0
+        for line, row in read_lines(self.path):
+            if not {"id", "key"} <= row.keys() or not isinstance(row["id"], str):
+                raise ValueError(f"{self.path} holds other rows than these: choose another output")
+            self._note(row, start)
+            start += len(line)
+        self.tidy()
+
+    def claim(self, how: Row, shape: Row) -> None:
+        """Let the rows to come be made in this way, on this `shape`; NAME.run.json keeps both.
+
+        Raises:
+            ValueError: the rows that are there were made in another way, or nobody knows how.
+        """
+        if not self._keys:
+            self.run_file.unlink(missing_ok=True)
+        elif not self.run_file.exists():
+            raise ValueError(
+                f"{self.path} has rows, but {self.run_file}, which says how they were made, is "
+                "gone: choose another output"
+            )
+        claim(self.run_file, how)
+        shapes = read_json(self.run_file).get("shapes", [])
+        write_json(self.run_file, {**how, "shapes": shapes + [shape] * (shape not in shapes)})
+
+    def has(self, record: Record) -> bool:
+        """Whether a record has a row that counts.
+
+        Raises:
+            ValueError: a row belongs to another record of the same id.
+        """
+        name = name_of(record)
+        if self._keys.get(name, record.key) != record.key:
+            raise ValueError(
+                f"{self.path} holds another item with the id {name!r}: it was made from another "
+                "input, choose another output"
+            )
+        return name in self._keys and name not in self._failed
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The row of an id."""
+        with open(self.path, "rb") as file:
+            file.seek(self._places[name])
+            return json.loads(file.readline())
+
+    def rows(self, first: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """All rows, those with the ids of `first` in that order before the others."""
+        known = [name for name in first if name in self._keys]
+        return map(self.row, dict.fromkeys([*known, *self._keys]))
+
+    def append(self, record: Record, row: Row) -> None:
+        """Write the row of a record, at once and whole."""
+        row = {**row, "id": name_of(record), "key": record.key}
+        self._note(row, append_row(self.path, row))
+
+    def fill(self, records: Iterable[Record], make: Callable[[Iterator[Record]], Iterable[Row]]) -> Iterator[Row]:
+        """The row of each record in order: its own, or for those without one what `make` gives.
+
+        `make` turns the records that lack one into rows, in order; each is appended with the gold
+        score of its record as it comes.
+        """
+        # What was taken from the input and not given yet, and whether its row is there.
+        waiting: deque[tuple[Record, bool]] = deque()
+
+        def missing() -> Iterator[Record]:
+            for record in records:
+                waiting.append((record, self.has(record)))
+                if not waiting[-1][1]:
+                    yield record
+
+        def known() -> Iterator[Row]:
+            while waiting and waiting[0][1]:
+                yield self.row(name_of(waiting.popleft()[0]))
+
+        for made in make(missing()):
+            yield from known()
+            record, _ = waiting.popleft()
+            self.append(record, made if record.score is None else {**made, "gold": record.score})
+            yield made
+        yield from known()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Leave one row of each id in the file."""
+        if not self._superseded:
+            return
+        places, start, end = set(self._places.values()), 0, 0
+        with replacing(self.path) as part, open(part, "wb") as file:
+            for line, row in read_lines(self.path):
+                if start in places:
+                    file.write(line)
+                    self._places[row["id"]] = end
+                    end += len(line)
+                start += len(line)
+        self._superseded = 0
+
+    def _note(self, row: Row, place: int) -> None:
+        name = row["id"]
+        self._superseded += name in self._keys
+        self._keys[name], self._places[name] = row["key"], place
+        (self._failed.discard if row.get("error") is None else self._failed.add)(name)
+
+
+def name_of(record: Record) -> str:
+    """The name of a record in a file: its id, or its key where it has none."""
+    return record.key if record.id is None else record.id

@@ -1,0 +1,92 @@
+"""What a run trains on, what it is validated on, and what it is measured with."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any, Sequence
+
+from tract_lite.data.records import read_records, split_records
+from tract_lite.record import Record
+from tract_lite.scale import ScoreScale
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 0.1
+# Below, agreement is mostly chance.
+FEW_ITEMS = 20
+# As TRACT's; of fewer records, the best step would be found by chance.
+VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 20
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a run's data, no prompt in two of them, and counts of what was left out."""
+
+    training: list[Record]
+    validation: list[Record]
+    held_out: list[Record]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_splits(
+    data: str,
+    held_out: str | None = None,
+    *,
+    split: str | None = None,
+    scale: ScoreScale,
+    skip_bad: bool = False,
+    max_items: int,
+    max_held_out: int,
+    max_validation: int,
+) -> Splits:
+    """Training and validation records, and held-out items: those of a file of their own, or a tenth.
+
+    An item that several annotators judged gives one training record each; held out, it is one item
+    with their mean score. A twentieth of the training records is for validation, unless that is
+    fewer than 20. All three parts have as many as is said, at most.
+
+    Raises:
+        ValueError: unusable rows, or too few items with a score.
+    """
+    rejected: list[str] = []
+    items = read_records(data, split=split, scale=scale, skip_bad=skip_bad, rejected=rejected)
+    scored = [item for item in items if item.score is not None]
+    if held_out:
+        kept = read_records(held_out, scale=scale, skip_bad=skip_bad, rejected=rejected)
+        kept = [item for item in kept if item.score is not None][:max_held_out]
+        seen = {item.key for item in kept}
+        training = [item for item in scored if item.key not in seen]
+    else:
+        training, kept = split_records(scored, min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1)))
+    if not training or not kept:
+        raise ValueError(
+            f"{len(scored)} items with a score are too few to hold some out; the column of gold scores is named score"
+        )
+    if len(kept) < FEW_ITEMS:
+        logger.warning("only %d items are held out: the figures of this run say little", len(kept))
+    if len(training) > max_items:
+        logger.info("%d of %d items are used (--max-items)", max_items, len(training))
+        training = random.Random(0).sample(training, max_items)
+    pairs = [pair for item in training for pair in item.pairs()]
+    rest, validation = split_records(pairs, min(VALIDATION_SHARE, max_validation / len(pairs)))
+    if len(validation) < LEAST_VALIDATION:
+        rest, validation = pairs, []
+    counts = {
+        "items": len(items),
+        "bad_rows": len(rejected),
+        "without_score": len(items) - len(scored),
+        "pairs": sum(len(item.pairs()) for item in scored),
+        "held_out_pairs": sum(len(item.pairs()) for item in kept),
+    }
+    return Splits(rest, validation, [replace(item, annotations=()) for item in kept], counts)
+
+
+def apart(records: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The records whose prompts are not among those of the others, and the ones whose are."""
+    keys = {record.key for record in others}
+    return (
+        [record for record in records if record.key not in keys],
+        [record for record in records if record.key in keys],
+    )

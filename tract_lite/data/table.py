@@ -1,0 +1,79 @@
+"""Judgements as a table: a CSV or Parquet file made from their rows."""
+
+from __future__ import annotations
+
+import csv
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+from tract_lite.data.jsonl import replacing
+
+Row = Mapping[str, Any]
+
+ROW_GROUP = 4096
+
+
+def check_table(path: Path) -> None:
+    """Make sure that a table of this name can be written, before hours of judging.
+
+    Raises:
+        ValueError: another kind of file.
+        ModuleNotFoundError: what writes it is not installed.
+    """
+    if path.suffix.lower() not in TABLES:
+        raise ValueError(f"the output must end in .jsonl, {' or '.join(TABLES)}, got {path}")
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet  # noqa: F401
+
+
+def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str]) -> None:
+    """Write the rows of judgements as a table with a column for each label's probability."""
+    columns = {
+        "id": "string",
+        **dict.fromkeys(("score", "std", "spread", "mode", "mass"), "double"),
+        **{f"p_{label}": "double" for label in labels},
+        "error_bound": "double",
+        "truncated": "bool",
+        "error": "string",
+        "gold": "double",
+        "feedback": "string",
+    }
+    with replacing(path) as part:
+        TABLES[path.suffix.lower()](part, columns, (_cells(row, labels) for row in rows))
+
+
+def _cells(row: Row, labels: Sequence[str]) -> dict[str, Any]:
+    shares = {f"p_{label}": row["probabilities"].get(label) for label in labels}
+    texts = {name: None if row[name] is None else _writable(row[name]) for name in ("id", "error")}
+    return {**row, **shares, **texts, "feedback": _writable("\n\n".join(row["feedback"]))}
+
+
+def _writable(text: str) -> str:
+    """The text with lone surrogates, which no table can hold, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    types = {"string": pyarrow.string(), "double": pyarrow.float64(), "bool": pyarrow.bool_()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    rows = iter(rows)
+    with ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, ROW_GROUP)):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+
+
+TABLES: dict[str, Callable[[Path, Mapping[str, str], Iterable[Row]], None]] = {
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}

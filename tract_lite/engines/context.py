@@ -1,0 +1,138 @@
+"""llama.cpp from below: the memory of its sequences, and its batches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Any, Sequence
+
+import numpy as np
+
+from tract_lite.engines.llama_cpp import complaint, complaints, quiet_llama
+
+BATCH_TOKENS = 512
+
+
+class Context:
+    """The memory of `sequences` numbered sequences of up to `length` tokens each.
+
+    `threads`: None for all CPUs in reach. `flash_attention`: None leaves the choice to llama.cpp.
+    `cache_type`: a type of llama.cpp, such as "f16", "f32" or "q8_0".
+
+    Raises:
+        ValueError: fewer than one sequence, or an unknown type.
+        RuntimeError: llama.cpp can't hold that much.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: int,
+        length: int,
+        *,
+        threads: int | None = None,
+        flash_attention: bool | None = None,
+        cache_type: str = "f16",
+    ):
+        self._llama = llama = quiet_llama()
+        self.pointer = None
+        if sequences < 1:
+            raise ValueError(f"parallel must be at least 1, got {sequences}")
+        params = llama.llama_context_default_params()
+        params.n_seq_max = params.n_outputs_max = sequences
+        params.n_ctx = sequences * length
+        params.n_batch = params.n_ubatch = self.batch_size = max(BATCH_TOKENS, sequences)
+        params.n_threads = params.n_threads_batch = self.threads = threads or usable_cpus()
+        params.type_k = params.type_v = _tensor_type(cache_type)
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        params.kv_unified = False
+        complaints.clear()
+        self.pointer = llama.llama_init_from_model(model, params)
+        if not self.pointer:
+            raise RuntimeError(
+                f"llama.cpp can't hold {sequences} sequences of {length} tokens: "
+                f"{complaint()}; lower parallel or context_length"
+            )
+        self._memory = llama.llama_get_memory(self.pointer)
+        self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
+
+    def use_adapter(self, adapter: Any | None) -> None:
+        """Compute with this adapter alone, or with none.
+
+        What the memory holds was computed with the one before: clear it.
+
+        Raises:
+            RuntimeError: llama.cpp failed.
+        """
+        adapters = [adapter] if adapter else []
+        pointers = (self._llama.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+        scales = (ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
+        if self._llama.llama_set_adapters_lora(self.pointer, pointers, len(adapters), scales):
+            raise RuntimeError("llama.cpp could not set the adapter")
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._llama.llama_memory_clear(self._memory, False)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make a sequence the same as another; whole, as llama.cpp can't copy a part of one."""
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds from position `length` on."""
+        self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], outputs: Sequence[int]
+    ) -> None:
+        """Run one batch: each token at its position of its sequence; `outputs` rows get logits.
+
+        Raises:
+            RuntimeError: llama.cpp failed.
+        """
+        size = len(tokens)
+        integers, pointers = ctypes.c_int32 * size, ctypes.POINTER(ctypes.c_int32) * size
+        logits = (ctypes.c_int8 * size)()
+        for row in outputs:
+            logits[row] = True
+        batch = self._llama.llama_batch(
+            size,
+            integers(*tokens),
+            None,
+            integers(*positions),
+            integers(*[1] * size),
+            pointers(*map(_sequence_pointer, sequences)),
+            logits,
+        )
+        complaints.clear()
+        if self._llama.llama_decode(self.pointer, batch):
+            raise RuntimeError(f"llama.cpp could not decode {size} tokens: {complaint()}")
+
+    def logits(self, row: int) -> np.ndarray:
+        """The logits (V,) after a row of the last batch, valid until the next one."""
+        logits = self._llama.llama_get_logits_ith(self.pointer, row)
+        return np.ctypeslib.as_array(logits, shape=self._logits_shape)
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self.pointer:
+            self._llama.llama_free(self.pointer)
+        self.pointer = None
+
+
+@cache
+def _sequence_pointer(sequence: int) -> Any:
+    return ctypes.pointer(ctypes.c_int32(sequence))
+
+
+def _tensor_type(name: str) -> int:
+    llama, prefix = quiet_llama(), "GGML_TYPE_"
+    types = {key[len(prefix) :].lower(): getattr(llama, key) for key in dir(llama) if key.startswith(prefix)}
+    if name.lower() not in types:
+        raise ValueError(f"unknown cache_type {name!r}; there are {', '.join(types)}")
+    return types[name.lower()]
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

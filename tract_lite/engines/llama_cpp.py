@@ -1,0 +1,161 @@
+"""llama.cpp from below: its models, its adapters, and the specs inside their files."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections import deque
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable
+
+from tract_lite.spec import SPEC_FILE, JudgeSpec
+from tract_lite.vocabulary import GGUFVocabulary
+
+SPEC_KEY = "tract_lite.judge_spec"
+
+_GGML_ERROR = 4
+
+logger = logging.getLogger(__name__)
+# What llama.cpp calls for as long as the process lives.
+_kept: list[Any] = []
+# What llama.cpp complained of lately, the oldest first.
+complaints: deque[str] = deque(maxlen=20)
+
+
+@cache
+def quiet_llama() -> ModuleType:
+    """The llama_cpp module, with llama.cpp's words in this package's debug log alone."""
+    # By default OpenMP's threads wait by spinning; beside another busy program that makes
+    # everything many times slower, and alone it gains nothing.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, _: Any) -> None:
+        line = text.decode("utf-8", "replace").rstrip()
+        logger.debug(line)
+        if level == _GGML_ERROR:
+            complaints.append(line)
+
+    llama_cpp.llama_log_set(log, None)
+    llama_cpp.llama_backend_init()
+    _kept.append(log)
+    return llama_cpp
+
+
+def system_info() -> str:
+    """What the processor can do, in llama.cpp's words."""
+    return quiet_llama().llama_print_system_info().decode()
+
+
+def has_amx() -> bool:
+    """Whether the processor has Intel's AMX, on which llama.cpp crashes with repacked weights."""
+    return "AMX_INT8 = 1" in system_info()
+
+
+def check_gguf(path: str | Path) -> None:
+    """Raises ValueError for a file that does not begin as a GGUF file does."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file")
+
+
+def load_model(path: str | Path, **params: Any) -> Any:
+    """A `llama_model` pointer, to be freed by the caller; `params` as in `llama_model_params`.
+
+    Weights are not repacked (`use_extra_bufts`) unless that is asked for: with AMX, llama.cpp's
+    kernels for repacked weights end the process, and elsewhere they were not found to be faster.
+
+    Raises:
+        ValueError: not a GGUF file, or one that llama.cpp can't read.
+    """
+    llama = quiet_llama()
+    check_gguf(path)
+    settings = llama.llama_model_default_params()
+    for name, value in {"use_extra_bufts": False, **params}.items():
+        setattr(settings, name, value)
+    complaints.clear()
+    model = llama.llama_model_load_from_file(os.fsencode(path), settings)
+    if not model:
+        raise ValueError(
+            f"llama.cpp can't read {path}: {complaint()} (is the file complete, a "
+            "model and no adapter, and of a kind that llama-cpp-python "
+            f"{llama.__version__} knows?)"
+        )
+    return model
+
+
+def cache_bytes(model: Any) -> int:
+    """Bytes that one token takes in a context's memory, in 16 bits."""
+    llama = quiet_llama()
+    head_size = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
+    return 2 * 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * head_size
+
+
+def spec_of(model: Any) -> JudgeSpec | None:
+    """The judge's spec inside a loaded model (a `llama_model` pointer)."""
+    return _spec_in(quiet_llama().llama_model_meta_val_str, model)
+
+
+def read_spec(path: str | Path) -> JudgeSpec | None:
+    """The judge's spec inside a GGUF file; None where it holds none.
+
+    Raises:
+        ValueError: not a GGUF file, one that llama.cpp can't read, or a spec of another vocabulary.
+    """
+    model = load_model(path, vocab_only=True)
+    try:
+        spec = spec_of(model)
+        if spec:
+            spec.check_vocabulary(GGUFVocabulary(model))
+        return spec
+    finally:
+        quiet_llama().llama_model_free(model)
+
+
+def spec_at(path: str | Path) -> JudgeSpec | None:
+    """The judge's spec at a path: its own file, the folder that holds it, or a GGUF file.
+
+    None where a folder or a GGUF file holds none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return JudgeSpec.load(path) if (path / SPEC_FILE).is_file() else None
+    return JudgeSpec.load(path) if path.suffix == ".json" else read_spec(path)
+
+
+def _spec_in(get_value: Callable[..., int], holder: Any) -> JudgeSpec | None:
+    """The judge's spec in the metadata of a model or adapter, read by llama.cpp's `get_value`."""
+    key = SPEC_KEY.encode()
+    length = get_value(holder, key, None, 0)
+    if length < 0:
+        return None
+    buffer = ctypes.create_string_buffer(length + 1)
+    get_value(holder, key, buffer, len(buffer))
+    return JudgeSpec.from_json(buffer.value.decode("utf-8"))
+
+
+def load_adapter(model: Any, path: str | Path) -> tuple[Any, JudgeSpec | None]:
+    """A `llama_adapter_lora` pointer, freed with its model, and the judge's spec in its file.
+
+    Raises:
+        ValueError: not a GGUF adapter, or one of another base.
+    """
+    llama = quiet_llama()
+    check_gguf(path)
+    adapter = llama.llama_adapter_lora_init(model, os.fsencode(path))
+    if not adapter:
+        raise ValueError(
+            f"llama.cpp can't add {path} to this base: it is no LoRA adapter, or was trained on another seed"
+        )
+    return adapter, _spec_in(llama.llama_adapter_meta_val_str, adapter)
+
+
+def complaint() -> str:
+    """Why llama.cpp failed: the first complaint is the one that tells most."""
+    function, _, text = complaints[0].partition(": ") if complaints else ("", "", "")
+    return text or function or "no reason given"

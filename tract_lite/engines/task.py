@@ -1,0 +1,114 @@
+"""What an engine is, what it is asked and what it answers: llama.cpp, transformers, servers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, Protocol, Sequence
+
+import numpy as np
+
+from tract_lite.spec import JudgeSpec
+from tract_lite.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Task:
+    """One item for an engine: a prompt, and one seed for each reasoning to sample.
+
+    With `reasonings` (ids, one sequence per seed) nothing is sampled: their scores are read.
+    """
+
+    prompt: Sequence[int]
+    seeds: Sequence[int]
+    reasonings: Sequence[Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reasoning and the log-probabilities (K,) of the labels after it.
+
+    `truncated`: the reasoning was stopped by the length limit, not by the judge itself. Where only
+    top log-probabilities are known, `missing_mass` is what they leave of 1, and `error_bound` how
+    far the score that is read from them may lie from the exact one.
+    """
+
+    reasoning: list[int]
+    truncated: bool
+    label_log_probabilities: np.ndarray
+    missing_mass: float = 0.0
+    error_bound: float = 0.0
+
+
+class Engine(Protocol):
+    """A model that answers tasks: `LlamaEngine`, `TransformersEngine` or `ServerEngine`.
+
+    `identity` tells which model it is, as far as that is known; `shape` what the rounding of a run
+    hangs on. Both are kept with its results.
+    """
+
+    spec: JudgeSpec
+    vocabulary: Vocabulary
+    identity: dict[str, Any]
+    shape: dict[str, Any]
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
+        """The answer of each task with its index in the input, as they are completed.
+
+        The answer to a task that can't be carried out is the exception that says why.
+        """
+
+    def close(self) -> None: ...
+
+
+def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
+    """How many tokens a reasoning of the task may have in a context of that length.
+
+    Raises:
+        ValueError: the task does not fit with the reasonings that it brings.
+    """
+    # The label and the end token count as well, as in training.
+    room = context_length - len(task.prompt) - len(spec.marker_ids) - 2
+    given = max(map(len, task.reasonings)) if task.reasonings else 0
+    if max(given, 1) > room:
+        what = "prompt and reasoning" if given else "prompt"
+        raise ValueError(
+            f"{what} of {len(task.prompt) + given} tokens does not fit in the context of {context_length} tokens"
+        )
+    return min(room, spec.sampling.max_new_tokens)
+
+
+def sample_seed(seed: int, record_key: str, number: int) -> int:
+    """A 32-bit seed that depends on the run's seed, the record and the sample's number alone."""
+    text = f"{seed}/{record_key}/{number}".encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
+
+
+def answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Iterator[list[Sample] | Exception]:
+    """The engine's answers in the order of what is asked.
+
+    An exception in place of a task is its own answer, given in its turn.
+    """
+    ready: dict[int, list[Sample] | Exception] = {}
+    # By the engine's numbers, which count the tasks alone.
+    places: dict[int, int] = {}
+
+    def tasks() -> Iterator[Task]:
+        number = 0
+        for place, task in enumerate(asked):
+            if isinstance(task, Exception):
+                ready[place] = task
+                continue
+            places[number] = place
+            number += 1
+            yield task
+
+    following = 0
+    for number, answer in engine.run(tasks()):
+        ready[places.pop(number)] = answer
+        while following in ready:
+            yield ready.pop(following)
+            following += 1
+    lost = RuntimeError("the engine gave no answer")
+    ready |= dict.fromkeys(places.values(), lost)
+    yield from (ready[place] for place in sorted(ready))

@@ -1,0 +1,170 @@
+"""A LoRA adapter as files: what it changes, by how much, and which seed model it belongs to."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tract_lite.export.model_folder import seed_folder, weight_files
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# LoRA initialisations that take their start off the seed model's weights.
+CHANGES_SEED = ("pissa", "olora", "corda", "loftq")
+# Rows compared per weight, to tell one seed model from another.
+COMPARED_ROWS = 16
+
+
+class Adapter:
+    """The weight changes in an adapter's folder, by the name of the weight they change.
+
+    Raises:
+        ValueError: not a LoRA adapter on linear layers, with or without `modules_to_save`.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+            raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}")
+        self.size = (folder / WEIGHTS_FILE).stat().st_size
+        self.config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        start = str(self.config.get("init_lora_weights")).lower()
+        if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
+            raise ValueError(
+                "the adapter was made with fan_in_fan_out or with an initialisation "
+                f"that changes the seed ({', '.join(CHANGES_SEED)}), and only plain "
+                "LoRA on linear layers can be merged"
+            )
+        self.saved: dict[str, torch.Tensor] = {}
+        self.pairs: dict[str, list[torch.Tensor]] = {}
+        for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()):
+            name = key.removeprefix("base_model.model.")
+            layer, is_pair, _ = name.partition(".lora_")
+            if re.search(r"\.lora_[AB]\.weight$", name):
+                self.pairs.setdefault(f"{layer}.weight", []).append(tensor)
+            elif is_pair:
+                raise ValueError(
+                    f"the adapter holds {name}, and only LoRA on linear layers and modules_to_save can be merged"
+                )
+            else:
+                self.saved[name] = tensor
+        if self.config.get("ensure_weight_tying") and EMBEDDING in self.saved:
+            self.saved.pop(HEAD, None)
+
+    @property
+    def unties(self) -> bool:
+        """Whether input and output embeddings are two weights afterwards, as in peft."""
+        tied = self.config.get("ensure_weight_tying")
+        return not tied and not self.saved.keys().isdisjoint((HEAD, EMBEDDING))
+
+    def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a seed that lacks what the adapter changes, or has it in other shapes.
+
+        Raises:
+            ValueError: says which weights, and both shapes.
+        """
+        changed = {name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()}
+        changed |= {name: tuple(tensor.shape) for name, tensor in self.saved.items()}
+        if lacking := sorted(changed.keys() - shapes.keys()):
+            raise ValueError(f"the adapter changes weights the seed lacks: {', '.join(lacking)}")
+        unequal = [
+            f"{name} {shape} and {tuple(shapes[name])}"
+            for name, shape in changed.items()
+            if shape != tuple(shapes[name])
+        ]
+        if unequal:
+            raise ValueError("the adapter's weights and the seed's have other shapes: " + ", ".join(unequal))
+
+    def check_seed(self, seed_model: str | Path, seed_dir: Path) -> None:
+        """Refuse another seed model, in the folder `seed_dir`, than the adapter was trained on.
+
+        They are told apart by their weights where the adapter's own seed model is still at hand,
+        else by their names: the last part of a path or hub id.
+
+        Raises:
+            ValueError: another seed model.
+        """
+        trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed"
+        try:
+            same = _same_weights(seed_folder(trained_on, download=False), seed_dir)
+        except (OSError, ValueError):
+            same = _name(trained_on) == _name(seed_model)
+        if not same:
+            raise ValueError(
+                f"the adapter was trained on {trained_on}, not on {seed_model}: give that "
+                "seed; if this is the same one, let its folder have that name"
+            )
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The changed weight, in float32 where it is a sum; an unchanged one as it is."""
+        if name in self.saved:
+            return self.saved[name]
+        if name not in self.pairs:
+            return weight
+        down, up = (part.float() for part in self.pairs[name])
+        return weight.float().addmm_(up, down, alpha=self.factor(name))
+
+    def factor(self, name: str) -> float:
+        """The factor of B A for a weight: alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
+        rank = self.pairs[name][0].shape[0]
+        # As in peft: the first pattern that matches whole parts of the name.
+        patterns = (self.config.get("alpha_pattern") or {}).items()
+        matching = (
+            value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name.removesuffix(".weight"))
+        )
+        alpha = next(matching, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def save_for_llama_cpp(self, folder: Path) -> None:
+        """Write the adapter so that alpha / rank is the factor of every pair: B takes the rest.
+
+        llama.cpp knows no other factor.
+        """
+        folder.mkdir()
+        tensors = {}
+        for name, (down, up) in self.pairs.items():
+            layer, factor = name.removesuffix(".weight"), self.factor(name) * down.shape[0]
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = down
+            scaled = up.float() * (factor / self.config["lora_alpha"])
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = scaled
+        save_file(tensors, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config), encoding="utf-8")
+
+
+def _name(seed_model: str | Path) -> str:
+    """A seed model's own name, also inside the hub's cache, without the mark of a 4-bit copy."""
+    path = Path(seed_model)
+    cached = [part for part in path.parts if part.startswith("models--")]
+    return (cached[0].rpartition("--")[2] if cached else path.name).removesuffix("-bnb-4bit")
+
+
+def _same_weights(folder: Path, other: Path) -> bool:
+    """Whether the first rows of all weights that both hold in one shape are the same.
+
+    They are compared to the precision of bfloat16, since a copy may be stored in another type; what
+    only one of them holds in 4 bits is left out.
+    """
+    if folder.resolve() == other.resolve():
+        return True
+    files, others = weight_files(folder), weight_files(other)
+    compared = 0
+    for name in files.keys() & others.keys():
+        rows, other_rows = _first_rows(files[name], name), _first_rows(others[name], name)
+        if rows.shape == other_rows.shape:
+            if not torch.allclose(rows, other_rows, rtol=2**-8, atol=1e-6):
+                return False
+            compared += 1
+    return compared > 0
+
+
+def _first_rows(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as opened:
+        rows = opened.get_slice(name)
+        return (rows[:COMPARED_ROWS] if rows.get_shape() else opened.get_tensor(name)).float()

@@ -1,0 +1,187 @@
+"""GGUF files: written by llama.cpp's own converter and quantiser, the judge's spec inside.
+
+The converter is taken from the source package of the very llama-cpp-python that runs the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Sequence
+
+from tract_lite.data.files import cache_folder
+from tract_lite.engines.llama_cpp import SPEC_KEY, quiet_llama
+from tract_lite.spec import JudgeSpec
+
+_MODELS, _ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+_NEEDED = re.compile(r"[^/]+/vendor/llama\.cpp/(convert_\w+\.py|conversion/.+|gguf-py/.+)")
+
+
+def llama_cpp_source() -> Path:
+    """The folder of llama.cpp's converter, in the version of the installed llama-cpp-python.
+
+    `LLAMA_CPP_DIR` names it; without, it is fetched once with pip into the cache folder.
+
+    Raises:
+        ValueError: `LLAMA_CPP_DIR` is not such a folder.
+        RuntimeError: it could not be fetched.
+    """
+    if chosen := os.environ.get("LLAMA_CPP_DIR"):
+        if not Path(chosen, _MODELS).is_file():
+            raise ValueError(f"LLAMA_CPP_DIR is {chosen}, which has no {_MODELS}")
+        return Path(chosen).resolve()
+    release = version("llama_cpp_python").partition("+")[0]
+    folder = cache_folder() / f"llama.cpp-{release}"
+    if not folder.is_dir():
+        _fetch_source(release, folder)
+    return folder
+
+
+def convert_model(
+    model_dir: Path, out: Path, file_type: str, spec: JudgeSpec | None, *, vocab_only: bool = False
+) -> None:
+    """Write a model folder as GGUF: "f32", "f16", "bf16", "q8_0", or "auto" for its own 16 bits.
+
+    With `vocab_only` the folder needs no weights.
+
+    Raises:
+        RuntimeError: llama.cpp's converter failed.
+    """
+    options = ["--outtype", file_type, *["--vocab-only"] * vocab_only]
+    _convert(_MODELS, model_dir, out, options, spec)
+
+
+def convert_adapter(adapter_dir: Path, base_dir: Path, out: Path, spec: JudgeSpec) -> None:
+    """Write an adapter as GGUF, in float32; `base_dir` holds the config of its seed model.
+
+    Raises:
+        RuntimeError: llama.cpp's converter failed.
+    """
+    options = ["--outtype", "f32", "--base", str(base_dir.resolve())]
+    _convert(_ADAPTERS, adapter_dir, out, options, spec)
+
+
+def run_converter() -> None:
+    """Run the script of llama.cpp that this process's first argument names, on the others.
+
+    The spec on standard input is written with the other metadata, so the file is written once.
+    """
+    import gguf
+
+    spec = sys.stdin.buffer.read().decode("utf-8")
+
+    class Writer(gguf.GGUFWriter):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            if spec:
+                self.add_string(SPEC_KEY, spec)
+
+    gguf.GGUFWriter = Writer
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed export must not leave a process that goes on filling the disk."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def file_types() -> dict[str, int]:
+    """The names of llama.cpp's file types, such as "q4_k_m", with their numbers."""
+    llama, prefix = quiet_llama(), "LLAMA_FTYPE_MOSTLY_"
+    names = [name for name in dir(llama) if name.startswith(prefix)]
+    mostly = {name[len(prefix) :].lower(): getattr(llama, name) for name in names}
+    return {"f32": llama.LLAMA_FTYPE_ALL_F32, **mostly}
+
+
+def quantize(source: Path, out: Path, name: str) -> None:
+    """Write a GGUF file in another of llama.cpp's file types.
+
+    Raises:
+        RuntimeError: llama.cpp could not.
+    """
+    llama = quiet_llama()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = file_types()[name]
+    if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)):
+        raise RuntimeError(
+            f"llama.cpp could not quantise to {name}: the disk is full, or it is a "
+            "type that needs an importance matrix (q4_k_m, q5_k_m, q6_k and q8_0 do "
+            "not)"
+        )
+
+
+def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec: JudgeSpec | None) -> None:
+    source = llama_cpp_source()
+    paths = (source / "gguf-py", Path(__file__).parents[2], os.environ.get("PYTHONPATH", ""))
+    log = _run(
+        [
+            sys.executable,
+            "-c",
+            "from tract_lite.export.converter import run_converter; run_converter()",
+            script,
+            str(folder.resolve()),
+            "--outfile",
+            str(out.resolve()),
+            *options,
+        ],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        input=spec.to_json() if spec else "",
+    )
+    if log:
+        raise RuntimeError(f"llama.cpp's converter failed on {folder}:\n{log}")
+
+
+def _run(command: Sequence[str], **options: Any) -> str:
+    """Nothing after success, else the last lines that the command wrote."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **options
+    )
+    tail = done.stdout.splitlines()[-15:]
+    return "\n".join([*tail, f"exit status {done.returncode}"]) if done.returncode else ""
+
+
+def _fetch_source(release: str, folder: Path) -> None:
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        log = _run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--no-binary",
+                "llama-cpp-python",
+                f"llama-cpp-python=={release}",
+                "--dest",
+                temporary,
+            ]
+        )
+        if log:
+            raise RuntimeError(
+                "pip could not fetch llama-cpp-python's source with llama.cpp's "
+                "converter: try with a package index in reach, or set LLAMA_CPP_DIR "
+                f"to the vendor/llama.cpp folder of version {release}\n{log}"
+            )
+        source = Path(temporary, "source")
+        with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
+            for member in archive:
+                if found := _NEEDED.fullmatch(member.name):
+                    member.name = found[1]
+                    archive.extract(member, source, filter="data")
+        if not folder.is_dir():
+            os.replace(source, folder)

@@ -1,0 +1,193 @@
+"""Seed model plus adapter to a plain model folder, tensor by tensor, from files.
+
+The weights never pass through a loaded model: bitsandbytes repacks those it computes with, and a
+merge of repacked weights is garbage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Collection, Sequence
+
+import torch
+from safetensors import safe_open
+from tqdm.auto import tqdm
+
+from tract_lite.export.adapter import EMBEDDING, HEAD, Adapter
+from tract_lite.export.model_folder import copy_other_files, is_merged_judge, seed_folder, weight_files, work_folder
+from tract_lite.spec import SPEC_FILE, JudgeSpec
+
+# With its head, a file of several tensors stays below 256 MB.
+SHARD_BYTES = 255 * 10**6
+# The names that safetensors files give to the types of weights.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+QUANTISED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
+
+
+def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Path, *, base: str = "4bit") -> Path:
+    """Write the seed with the adapter added (W + factor * B A, in float32) to a plain folder.
+
+    `seed_model`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
+    the weights as the adapter met them in training: dequantised where they are there in 4 bits,
+    and quantised before that where the whole seed is in 16. "16bit" adds to the seed's own. Tensors
+    keep the type of the seed's files. Tokenizer files are copied as they are, the judge's spec too.
+    Memory holds one tensor at a time; files have 256 MB or one tensor. An older merge in `out_dir`
+    is replaced, at once and by a whole one alone.
+
+    Raises:
+        ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't be
+            merged, or `out_dir` holds something else.
+        RuntimeError: the disk has no room.
+    """
+    if base not in ("4bit", "16bit"):
+        raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
+    seed_dir, out_dir = seed_folder(seed_model), Path(out_dir).resolve()
+    if out_dir.exists() and any(out_dir.iterdir()) and (not is_merged_judge(out_dir) or out_dir == seed_dir.resolve()):
+        raise ValueError(f"{out_dir} is there and holds other things than an older merge: choose another folder")
+    changes = Adapter(adapter)
+    JudgeSpec.load(adapter)
+    changes.check_seed(seed_model, seed_dir)
+    weights = _find_weights(seed_dir, changes)
+    changes.check_fits({weight.name: weight.shape for weight in weights})
+    if base == "16bit" and any(weight.is_packed for weight in weights):
+        raise ValueError(f"{seed_model} is there in 4 bits alone: give the seed that it was made from")
+    size = sum(weight.size for weight in weights)
+    advice = "export the adapter alone: export_adapter needs no merge"
+    with work_folder(out_dir, size, advice) as folder:
+        merged = folder / "merged"
+        merged.mkdir()
+        # What a seed in 4 bits keeps in 16 was so in training too.
+        in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
+        _merge_weights(weights, changes, _quantised(seed_dir) if in_training else (), merged)
+        copy_other_files(seed_dir, merged, untied=changes.unties)
+        shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
+        if out_dir.exists():
+            os.replace(out_dir, folder / "old")
+        os.replace(merged, out_dir)
+    return out_dir
+
+
+class _Weight:
+    """A weight of the seed's files, as it is there or packed in 4 bits, and its name in the merge.
+
+    `shape` is that of the weight, and `size` its bytes as they are written.
+    """
+
+    def __init__(self, name: str, key: str, files: dict[str, Path]):
+        self.name, self._key, self._files = name, key, files
+        self._parts = [part for part in files if part.startswith(f"{key}.")]
+        self.is_packed = bool(self._parts)
+        stored = self._state() if self.is_packed else self._tensor(key)
+        self.shape, self.dtype = tuple(stored.shape), stored.dtype
+        self.size = math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The weight, without its 4 bits; mapped from its file where it is there as it is."""
+        if not self.is_packed:
+            return self._tensor(self._key)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self._tensor(self._key), self._state())
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], "pt") as opened:
+            return opened.get_tensor(key)
+
+    def _state(self) -> Any:
+        from bitsandbytes.functional import QuantState
+
+        parts = {part.removeprefix(f"{self._key}."): self._tensor(part) for part in self._parts}
+        return QuantState.from_dict(parts, device="cpu")
+
+
+def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
+    """The weights of the merge; where the adapter unties the embeddings, with one for the head."""
+    files = weight_files(seed_dir)
+    weights = [
+        _Weight(name, name, files) for name in files if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)
+    ]
+    if changes.unties and HEAD not in files and EMBEDDING in files:
+        weights.append(_Weight(HEAD, EMBEDDING, files))
+    for weight in weights:
+        if weight.dtype not in DTYPES:
+            raise ValueError(
+                f"the seed has weights of type {weight.dtype} ({weight.name}): give "
+                "one in 16 or 32 bits, or in bitsandbytes' 4 bits"
+            )
+    return weights
+
+
+def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Collection[str], out_dir: Path) -> None:
+    """Write all weights in shards, with the index that transformers reads."""
+    shards = _shards(weights)
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    with tqdm(total=len(weights), desc="merging") as progress:
+        for name, shard in zip(names, shards):
+            with open(out_dir / name, "wb") as file:
+                file.write(_header(shard))
+                for weight in shard:
+                    file.write(_merged(weight, changes, weight.name in quantised))
+                    progress.update()
+    where = {weight.name: name for name, shard in zip(names, shards) for weight in shard}
+    index = {"metadata": {"total_size": sum(weight.size for weight in weights)}, "weight_map": where}
+    (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
+    """The changed weight's bytes, as a NumPy array."""
+    tensor = weight.read()
+    if quantised:
+        tensor = _through_4bit(tensor)
+    merged = changes.apply(weight.name, tensor).to(weight.dtype)
+    return merged.reshape(-1).view(torch.uint8).numpy()
+
+
+def _shards(weights: Sequence[_Weight]) -> list[list[_Weight]]:
+    shards, size = [], math.inf
+    for weight in weights:
+        if size + weight.size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.size
+    # Wider types first, so that each tensor lies at a multiple of its type's width.
+    return [sorted(shard, key=lambda weight: -weight.dtype.itemsize) for shard in shards]
+
+
+def _header(shard: Sequence[_Weight]) -> bytes:
+    """The head of a safetensors file; its library writes only what is wholly in memory."""
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for weight in shard:
+        start, end = end, end + weight.size
+        entries[weight.name] = {"dtype": DTYPES[weight.dtype], "shape": weight.shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _quantised(seed_dir: Path) -> set[str]:
+    """The names of the weights that 4-bit loading quantises: all linear layers but the head."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(seed_dir)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _through_4bit(weight: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    # In float32, so that the only rounding is the one of the result.
+    packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state)

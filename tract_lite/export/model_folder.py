@@ -1,0 +1,106 @@
+"""Folders of models: those of the seed, of a merged judge, and of work that is not finished."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Iterator
+
+from safetensors import safe_open
+
+from tract_lite.spec import SPEC_FILE
+
+GB = 10**9
+NOT_COPIED = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h5", ".msgpack")
+
+
+@contextmanager
+def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> Iterator[Path]:
+    """A folder beside `out` for what is not finished; it goes afterwards, whatever happens.
+
+    What a killed call for the same `out` has left is removed first. `size`: bytes to be written
+    there; `advice`: what else helps where there is no room for them.
+
+    Raises:
+        RuntimeError: less than `size` is free.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own for each call: a child of a killed one may still be writing.
+    leftover = re.compile(rf"{re.escape(out.name)}\.\w+\.part")
+    for path in out.parent.iterdir():
+        if leftover.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    free = shutil.disk_usage(out.parent).free
+    if size > free:
+        raise RuntimeError(
+            f"{out} takes {size / GB:.1f} GB of disk while it is made, and "
+            f"{out.parent.resolve()} has {free / GB:.1f} GB free: make room, choose "
+            f"another place, or {advice}"
+        )
+    with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
+        yield Path(folder)
+
+
+def is_merged_judge(folder: Path) -> bool:
+    """Whether a folder is what merging writes, a model with the judge's spec, and nothing more.
+
+    A GGUF file or a folder inside is somebody's work, which must not go with it.
+    """
+    own = all((folder / name).is_file() for name in ("config.json", SPEC_FILE))
+    return own and not any(path.is_dir() or path.suffix == ".gguf" for path in folder.iterdir())
+
+
+def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool = True) -> Path:
+    """The folder of a seed model; of a hub id, the one in the hub's cache, perhaps without weights.
+
+    Raises:
+        OSError, ValueError: no such model.
+    """
+    if Path(seed_model).is_dir():
+        return Path(seed_model)
+    from huggingface_hub import snapshot_download
+
+    unused = ["*.bin", "*.gguf", "*.pth", "consolidated*", "original/*"]
+    unused += ["*.safetensors"] * (not weights)
+    return Path(snapshot_download(str(seed_model), ignore_patterns=unused, local_files_only=not download))
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor in a model folder.
+
+    Raises:
+        ValueError: no safetensors files.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in names.items()}
+    # Some models bring a second set of weights under other names.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors files")
+    where = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            where.update(dict.fromkeys(opened.keys(), file))
+    return where
+
+
+def copy_other_files(seed_dir: Path, out_dir: Path, untied: bool = False) -> None:
+    """Copy a seed model's config and tokenizer files, all but its weights, as they are.
+
+    Only the config no longer speaks of 4 bits and, if `untied`, of tied embeddings.
+    """
+    for file in seed_dir.iterdir():
+        if file.is_file() and not file.name.endswith(NOT_COPIED):
+            shutil.copyfile(file, out_dir / file.name)
+    path = out_dir / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

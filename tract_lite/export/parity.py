@@ -1,0 +1,249 @@
+"""Does one judge read the same ids and give the same scores as another?"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import psutil
+import torch
+
+from tract_lite.engines.llama_cpp import load_model, quiet_llama
+from tract_lite.export.model_folder import GB
+from tract_lite.judge import Judge
+from tract_lite.judgement import Judgement
+from tract_lite.prompt import prompt_ids
+from tract_lite.record import Record, Rubric
+from tract_lite.spec import JudgeSpec, chat_pieces
+from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
+
+# Mean difference in score on a scale of 1 to 5, and mean distance of distributions, that an exact
+# type or Q8_0 may cost. What a smaller type costs is for its user to judge.
+BOUNDS = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
+BOUNDS_RANGE = 4
+# Memory beside the weights that a comparison takes, with some to spare.
+SPARE_BYTES = GB
+_REASONING = "The answer is short and clear, but it gives no reason."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two judges lie apart after the same reasoning ids.
+
+    `different_prompts`: records whose prompts have other ids in the two vocabularies. Differences
+    are those of the score, in score units. `mean_distance`: total variation distance (0 to 1)
+    between the distributions over the labels, each normalised to them, on average.
+    """
+
+    records: int
+    different_prompts: int
+    mean_difference: float
+    largest_difference: float
+    mean_distance: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records: {self.different_prompts} prompts with other ids, scores "
+            f"differ by {self.mean_difference:.4f} on average, {self.largest_difference:.4f} "
+            f"at most, distributions by {self.mean_distance:.4f}"
+        )
+
+
+def compare(judge: Judge, other: Judge, records: Sequence[Record], judgements: Sequence[Judgement]) -> Parity:
+    """Let `other` read the reasonings in `judgements`, which `judge` gave, and compare the scores.
+
+    Raises:
+        ValueError: no record was judged by both.
+    """
+    judged = [(record, given) for record, given in zip(records, judgements) if not given.error]
+    asked = [record for record, _ in judged]
+    reread = other.score_many(asked, reasonings=[given.feedback_ids for _, given in judged])
+    both = [(again, given) for again, (_, given) in zip(reread, judged) if not again.error]
+    if not both:
+        raise ValueError("no record was judged by both judges")
+    differences = [abs(again.score - given.score) for again, given in both]
+    distances = [_distance(again, given) for again, given in both]
+    different_prompts = sum(
+        prompt_ids(record, judge.spec, judge.engine.vocabulary)
+        != prompt_ids(record, other.spec, other.engine.vocabulary)
+        for record in asked
+    )
+    return Parity(
+        len(both), different_prompts, float(np.mean(differences)), float(np.max(differences)), float(np.mean(distances))
+    )
+
+
+def _distance(one: Judgement, other: Judgement) -> float:
+    """Total variation distance between the distributions, normalised to the labels."""
+    return (
+        sum(
+            abs(share / (one.mass or math.nan) - other.probabilities[label] / (other.mass or math.nan))
+            for label, share in one.probabilities.items()
+        )
+        / 2
+    )
+
+
+def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
+    """Records whose texts vocabularies are likely to read differently.
+
+    `specials`: spellings of special tokens, which are text here.
+    """
+    rubric = Rubric("Is the answer right?", {label: f"{label} of all the best" for label in spec.scale.labels})
+    texts = (
+        "Yes: 2 + 2 = 4, 10/5 = 2.0 and 1,234,567.89.",
+        "  two spaces,\ttab\n\n\nlines\r\n end with one ",
+        "naïve café, e\u0301, 東京, Привет, 🙂👍🏽, zero\u200bwidth, no\u00a0break, \u2581",
+        f"{' '.join(specials)}<s> </s><|endoftext|><|eot_id|><|im_end|>[INST]",
+        f"{spec.marker} {spec.scale.labels[-1]}\n\n{spec.marker} ",
+    )
+    return [
+        Record(
+            instruction="Answer the question.", response=text, rubric=rubric, reference="It is 4.", id=f"check {number}"
+        )
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: Sequence[Record]) -> None:
+    """Make sure that a tokenizer and llama.cpp's `vocabulary` read a judge's ids alike.
+
+    These are the ids of prompts, and of marker, labels and special tokens by their spelling; and
+    the special tokens of the spec's chat format are those that the tokenizer's own brings.
+
+    Raises:
+        RuntimeError: they differ; says where.
+    """
+    theirs = TransformersVocabulary(tokenizer)
+    chat = [piece for piece in spec.chat if isinstance(piece, int)]
+    own = [piece for piece in chat_pieces(tokenizer, theirs) if isinstance(piece, int)]
+    if chat != own:
+        raise RuntimeError(
+            f"the judge's prompt has the special tokens {theirs.pieces(chat)}, and "
+            f"the tokenizer's own chat format has {theirs.pieces(own)}"
+        )
+    ids = [*chat, spec.eos_id, *spec.marker_ids, *spec.label_ids]
+    pieces, found = theirs.pieces(ids), vocabulary.pieces(ids)
+    if pieces != found:
+        raise RuntimeError(f"the ids {ids} are {pieces} in transformers and {found} in llama.cpp")
+    for record in records:
+        expected = prompt_ids(record, spec, theirs)
+        got = prompt_ids(record, spec, vocabulary)
+        if got != expected:
+            at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
+            raise RuntimeError(
+                f"the prompt of record {record.id} has other tokens from position {at} on: "
+                f"{theirs.pieces(expected[at : at + 5])} in transformers, "
+                f"{vocabulary.pieces(got[at : at + 5])} in llama.cpp"
+            )
+
+
+def check_vocabulary(
+    spec: JudgeSpec, tokenizer: Any, file: Path, records: Sequence[Record] | None = None
+) -> list[Record]:
+    """`check_ids` between a tokenizer and a GGUF file; returns the records it took.
+
+    `records`: `hard_records` unless given.
+
+    Raises:
+        RuntimeError: they differ; says where.
+    """
+    if records is None:
+        records = hard_records(spec, list(TransformersVocabulary(tokenizer).specials)[:20])
+    model = load_model(file, vocab_only=True)
+    try:
+        check_ids(spec, tokenizer, GGUFVocabulary(model), records)
+    finally:
+        quiet_llama().llama_model_free(model)
+    _show(
+        f"parity: {file.stem}: the ids of {len(records)} prompts, marker, labels and special "
+        "tokens are the same in transformers and llama.cpp"
+    )
+    return list(records)
+
+
+def check_export(
+    spec: JudgeSpec,
+    tokenizer: Any,
+    folder: Path,
+    files: Mapping[str, Path],
+    weights: int,
+    records: Sequence[Record] | None = None,
+) -> dict[str, Parity]:
+    """Make sure that GGUF files are the judge in the model folder that they were made from.
+
+    `files`: by type, such as "q8_0"; `weights`: how many the model has. First the ids, see
+    `check_ids`. Then the score distributions after a fixed reasoning, against transformers in
+    float32; where memory is too small for that, the log says so. A difference above the type's
+    bound is a warning. Returns the figures.
+
+    Raises:
+        RuntimeError: ids differ; says where.
+    """
+    taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
+    needed, free = 4 * weights + SPARE_BYTES, _free_memory()
+    if needed > free:
+        _show(
+            f"parity: scores are not compared, as transformers takes {needed / GB:.1f} GB of "
+            f"memory for that and {free / GB:.1f} GB are free"
+        )
+        return {}
+    return _compare_scores(spec, folder, files, taken[0])
+
+
+def _compare_scores(
+    spec: JudgeSpec, folder: Path, files: Mapping[str, Path], records: Sequence[Record]
+) -> dict[str, Parity]:
+    from tract_lite.training.seed_model import load_seed
+
+    model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers", precision="float32")
+    figures = {}
+    with Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
+        ids = reference.engine.vocabulary.encode(_REASONING)
+        judged = list(reference.score_many(records, reasonings=[[ids]] * len(records)))
+        if all(judgement.error for judgement in judged):
+            _show(f"parity: scores are not compared: {judged[0].error}")
+            return {}
+        for name, file in files.items():
+            with Judge.from_gguf(file, spec, parallel=1) as judge:
+                figures[name] = compare(reference, judge, records, judged)
+            _report(name, figures[name], spec)
+    return figures
+
+
+def _report(name: str, parity: Parity, spec: JudgeSpec) -> None:
+    _show(f"parity: {name}: {parity}")
+    values, bound = spec.scale.values, BOUNDS.get(name, math.inf)
+    wide = bound * (max(values) - min(values)) / BOUNDS_RANGE
+    for what, got, limit in (("scores", parity.mean_difference, wide), ("distributions", parity.mean_distance, bound)):
+        if not got <= limit:
+            logger.warning(
+                "%s: %s differ by %.4f from those of transformers, more than the %.4f "
+                "that this type should cost: compare both on your own records",
+                name,
+                what,
+                got,
+                limit,
+            )
+
+
+def _show(text: str) -> None:
+    """Figures are printed where no log takes them."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", text)
+    else:
+        print(text, file=sys.stderr)
+
+
+def _free_memory() -> int:
+    """Bytes where a model would be loaded: on the GPU, or in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,141 @@
+"""Judging a file: records in, judgements out, from a GGUF file or a server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Iterator
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tract_lite.data.records import read_records
+from tract_lite.data.resume import ResumableRows, name_of
+from tract_lite.data.table import check_table, write_table
+from tract_lite.judge import Judge
+from tract_lite.judgement import Judgement
+from tract_lite.options import JudgeOptions, flag_of
+from tract_lite.record import Record
+from tract_lite.version import __version__
+
+# A server's key is not given on the command line, where others could read it.
+API_KEY = "TRACT_LITE_API_KEY"
+
+
+def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> str:
+    """Judge what has no judgement in the output yet; returns what was done, in a line.
+
+    The rows stand in a JSONL file, appended as they come. `x.csv` or `x.parquet` is a table made
+    from the rows in `x.jsonl`; `x.run.json` says how they were judged.
+
+    Raises:
+        ValueError: the output is of another kind, or holds something else.
+        RuntimeError: not one item could be judged.
+    """
+    _check(model, options)
+    rows = ResumableRows(_rows_file(output, source))
+    records = read_records(source, options.format, skip_bad=options.skip_bad)
+    missing = sum(not rows.has(record) for record in records)
+    failures = []
+    with _open(model, options) as judge:
+        judge.engine.shape["tract_lite"] = __version__
+        judged = judge.score_many(records, options.n_cot, options.seed, resume=rows)
+        for judgement in _with_progress(judged, len(records), len(records) - missing):
+            failures += [judgement.error] if judgement.error else []
+        if output != rows.path:
+            write_table(output, rows.rows(list(map(name_of, records))), judge.spec.scale.labels)
+    if len(failures) == len(records):
+        raise RuntimeError(f"none of the {len(records)} items could be judged; the first: {failures[0]}")
+    first = f"; the first failure: {failures[0]}" if failures else ""
+    return (
+        f"{output}: {missing} judged, {len(failures)} of them failed, "
+        f"{len(records) - missing} were there already{first}"
+    )
+
+
+def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tuple[Record, Judgement]:
+    """The item with an id, or the first where that is empty, and its judgement.
+
+    Raises:
+        ValueError: there is no such item.
+    """
+    _check(model, options)
+    records = read_records(source, options.format, skip_bad=options.skip_bad)
+    record = next((record for record in records if name in ("", record.id)), None)
+    if record is None:
+        raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
+    at_once = min(options.parallel or options.n_cot, options.n_cot)
+    with _open(model, options, parallel=at_once) as judge:
+        [judgement] = judge.score_many([record], options.n_cot, options.seed)
+    return record, judgement
+
+
+def _rows_file(output: Path, source: str) -> Path:
+    """The JSONL file of an output, after what can be told before anything is judged.
+
+    Raises:
+        ValueError: the output is of another kind, is the input, or is somebody's table.
+        FileNotFoundError: no such folder.
+    """
+    if output.suffix.lower() != ".jsonl":
+        check_table(output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"no folder {output.parent}")
+    rows_file = output if output.suffix.lower() == ".jsonl" else output.with_suffix(".jsonl")
+    for file in (output, rows_file, output.with_suffix(".run.json")):
+        if file.exists() and Path(source).exists() and file.samefile(source):
+            raise ValueError(f"{file} is the input: choose another output than {output}")
+    if output.exists() and not rows_file.exists():
+        raise ValueError(
+            f"{output} is there without {rows_file}, which it would be made from: move it away, or "
+            "choose another output"
+        )
+    return rows_file
+
+
+def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterator[Judgement]:
+    """A bar for those that are judged now; what is logged meanwhile stands above it."""
+    with (
+        logging_redirect_tqdm(),
+        tqdm(
+            total=count, initial=done, desc="judging", unit="item", smoothing=0, disable=sys.stderr is None
+        ) as progress,
+    ):
+        for number, judgement in enumerate(judged):
+            progress.update(number >= done)
+            yield judgement
+
+
+def _check(model: str, options: JudgeOptions) -> None:
+    """Raises ValueError, or FileNotFoundError, for what can be told without reading anything."""
+    other = "file" if _is_server(model) else "server"
+    for item in fields(options):
+        if item.metadata["group"] == other and getattr(options, item.name) is not None:
+            wanted = "a GGUF file" if other == "file" else "the URL of a server"
+            raise ValueError(f"{flag_of(item.name)} is for {wanted}, and MODEL is {model}")
+    if Path(model).is_dir():
+        inside = sorted(Path(model).glob("*.gguf"))
+        hint = f"judge with {inside[-1]}" if inside else "`tract-lite export` makes a GGUF of one"
+        raise ValueError(f"{model} is a folder, and MODEL is a GGUF file: {hint}")
+    if not _is_server(model) and not Path(model).is_file():
+        raise FileNotFoundError(f"no file {model}: MODEL is a GGUF file or a server's URL")
+
+
+def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
+    group = "server" if _is_server(model) else "file"
+    chosen = {
+        item.name: getattr(options, item.name)
+        for item in fields(options)
+        if item.metadata["group"] == group or item.name == "parallel"
+    } | changed
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if _is_server(model):
+        name = given.pop("server_model", None)
+        return Judge.from_server(model, name, options.spec, api_key=os.environ.get(API_KEY), **given)
+    return Judge.from_gguf(model, options.spec, **given)
+
+
+def _is_server(model: str) -> bool:
+    return model.startswith(("http://", "https://"))

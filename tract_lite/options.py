@@ -1,0 +1,82 @@
+"""Options that stand in one place: the fields of a dataclass, which give the flags as well."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any, Mapping, TypeVar
+
+Chosen = TypeVar("Chosen")
+
+_TYPES = {"int": int, "float": float, "str": str, "tuple[str, ...]": str}
+
+
+def option(default: Any, help: str, *, group: str = "", least: float | None = None, **flag: Any) -> Any:
+    """A field of a dataclass of options. `flag`: what argparse is told beside its help.
+
+    `least`: what a number must be at least. `group`: the flags it is shown with.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "least": least, "flag": flag})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field, as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Any], groups: Mapping[str, str] | None = None) -> None:
+    """Add a flag for each field of a dataclass of options; `groups` has the groups' titles."""
+    places = {name: parser.add_argument_group(title) for name, title in (groups or {}).items()}
+    for item in fields(kind):
+        name, told = str(item.type).removesuffix(" | None"), dict(item.metadata["flag"])
+        if name == "bool":
+            told["action"] = "store_true"
+        else:
+            told |= {"type": _TYPES[name], "default": item.default}
+            if "choices" not in told:
+                told.setdefault("metavar", "N" if name in ("int", "float") else item.name.upper())
+        if name.startswith("tuple"):
+            told["nargs"] = "+"
+        shown = item.metadata["help"]
+        if item.default not in (None, False) and name != "bool":
+            shown += f" ({item.default})"
+        place = places.get(item.metadata["group"], parser)
+        place.add_argument(flag_of(item.name), help=shown, **told)
+
+
+def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
+    """The options that were given as flags.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    chosen = {}
+    for item in fields(kind):
+        value = getattr(arguments, item.name)
+        least = item.metadata["least"]
+        if least is not None and value is not None and not value >= least:
+            raise ValueError(f"{flag_of(item.name)} must be at least {least}, got {value}")
+        chosen[item.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**chosen)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What a user may choose for judging a file; None leaves it to the judge."""
+
+    n_cot: int = option(1, "reasonings per item", least=1)
+    seed: int = option(0, "seed of the sampling")
+    parallel: int | None = option(
+        None, "sequences decoded at once (by the context's length), or requests in flight (16)", least=1
+    )
+    spec: str | None = option(
+        None, "the judge's spec: its file, its folder or a judge's GGUF file (the one inside the model)"
+    )
+    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
+    skip_bad: bool = option(False, "leave unusable rows out")
+    adapter: str | None = option(None, "a judge's adapter (GGUF) on top of MODEL", group="file")
+    threads: int | None = option(None, "CPU threads (one per CPU)", group="file", least=1)
+    gpu_layers: int | None = option(None, "layers on the GPU (all)", group="file")
+    context_length: int | None = option(None, "tokens per sequence (as in training)", group="file", least=1)
+    server_model: str | None = option(None, "the model's name there", group="server")
+    timeout: float | None = option(None, "seconds of one request", group="server", least=1)

@@ -1,0 +1,224 @@
+"""What a run takes on each kind of machine, and what its user may choose.
+
+The paper's settings where it has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Sequence
+
+from tract_lite.options import add_flags, option, options_from
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
+from tract_lite.training.settings import PRECISIONS, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+FEEDBACK_COLLECTION = "prometheus-eval/Feedback-Collection"
+MISTRAL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"
+# Cards up to here get the settings of a T4.
+T4_BYTES = 20e9
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What suits a machine, how much of the data a run takes on it, and what its user chose.
+
+    `data` and `held_out` are files or hub ids; no `data`: the built-in example. No `seed_model`: a
+    toy one, made for the data. `template`: the file of a prompt's template, None for the default.
+
+    `max_items` is chosen so that a run ends overnight, `max_validation` of them at most are not
+    trained on; `max_held_out` items are kept for judging, `gguf_items` of them are judged with each
+    GGUF file, `gguf_parallel` sequences at once (by the memory that they take). `parallel`
+    reasonings are written at once.
+    """
+
+    training: TrainSettings
+    data: str | None
+    seed_model: str | None
+    max_items: int
+    max_held_out: int
+    gguf_items: int
+    max_validation: int = 100
+    max_length: int = 3000
+    max_new_tokens: int = 1024
+    parallel: int = 8
+    gradient_checkpointing: bool = True
+    quantization: tuple[str, ...] = ("q4_k_m",)
+    gguf_parallel: int | None = None
+    scale: ScoreScale = ScoreScale.integers(1, 5)
+    template: str | None = None
+    held_out: str | None = None
+    split: str | None = None
+    precision: str | None = None
+    skip_bad: bool = False
+    base: str = "4bit"
+
+    @property
+    def seed(self) -> dict[str, Any]:
+        """How the seed model is loaded and asked, as `train_adapter` and `Judge.from_seed` take it."""
+        template = Path(self.template).read_text(encoding="utf-8") if self.template else None
+        return {
+            "seed_model": self.seed_model,
+            "scale": self.scale,
+            "template": template or DEFAULT_TEMPLATE,
+            "max_length": self.max_length,
+            "sampling": Sampling(max_new_tokens=self.max_new_tokens),
+            "precision": self.precision,
+        }
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """What of the data is read, and how much, as `read_splits` takes it."""
+        names = "data held_out split scale skip_bad max_items max_held_out max_validation"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+_TOY = Preset(
+    training=TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3),
+    data=None,
+    seed_model=None,
+    max_items=2600,
+    max_held_out=1000,
+    gguf_items=1000,
+    max_length=256,
+    max_new_tokens=96,
+    parallel=250,
+    gradient_checkpointing=False,
+    quantization=("f16", "q8_0"),
+)
+_LARGE = Preset(
+    training=TrainSettings(micro_batch_size=2, save_every=50),
+    data=FEEDBACK_COLLECTION,
+    seed_model=MISTRAL,
+    max_items=6000,
+    max_held_out=300,
+    gguf_items=50,
+    parallel=16,
+)
+PRESETS = {
+    "demo": _TOY,
+    # The demo's way with a quarter of its data: every step can be seen, its judge is a poor one.
+    "quick": replace(
+        _TOY,
+        training=replace(_TOY.training, save_every=25),
+        max_items=640,
+        max_held_out=100,
+        gguf_items=100,
+        max_validation=40,
+        quantization=("q8_0",),
+    ),
+    "24gb": _LARGE,
+    "t4": replace(
+        _LARGE,
+        training=TrainSettings(save_every=40),
+        max_items=1000,
+        max_held_out=100,
+        gguf_items=10,
+        max_validation=40,
+        parallel=8,
+        gguf_parallel=4,
+    ),
+}
+# The toy presets on somebody's own data, whose texts are longer.
+_TOY_ON_OWN_DATA = {
+    "training": TrainSettings(micro_batch_size=4, learning_rate=6e-3, log_every=2),
+    "max_items": 1000,
+    "max_held_out": 20,
+    "gguf_items": 20,
+    "max_length": 4096,
+    "max_new_tokens": 384,
+    "parallel": 32,
+}
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """What a user may choose for the training of a stage; None leaves it to the preset."""
+
+    preset: str = option("auto", "24gb or t4 by the GPU's memory, else quick", choices=("auto", *PRESETS))
+    seed_model: str | None = option(None, "folder or hub id of the model to train")
+    scale: str = option("1-5", "lowest and highest score")
+    template: str | None = option(None, "file of the prompt's Jinja template", metavar="FILE")
+    max_items: int | None = option(None, "training items to use at most")
+    max_length: int | None = option(None, "tokens of a training sequence at most")
+    max_new_tokens: int | None = option(None, "tokens of a reasoning at most")
+    epochs: float | None = option(None, "epochs of each stage")
+    precision: str | None = option(None, "type to compute in (by the hardware)", choices=PRECISIONS)
+    skip_bad: bool = option(False, "go on without unusable rows")
+
+
+@dataclass(frozen=True)
+class RunOptions(StageOptions):
+    """What a user may choose for a whole run; None leaves it to the preset."""
+
+    data: str | None = option(None, "JSONL, JSON, CSV or Parquet file, or a hub data set")
+    split: str | None = option(None, "split of a hub data set (train)")
+    held_out: str | None = option(None, "file of the items to measure with (a tenth of the data)", metavar="FILE")
+    out: str | None = option(None, "run folder (runs/PRESET); goes on if it is there", metavar="FOLDER")
+    quantization: tuple[str, ...] | None = option(None, "GGUF types, such as f16 q8_0 q4_k_m", metavar="NAME")
+    base: str = option("4bit", "weights that the adapter is merged onto", choices=("4bit", "16bit"))
+    scratch: str | None = option(
+        None, "for what is large and can be made again, such as the merged weights (the run folder)", metavar="FOLDER"
+    )
+    train_only: bool = option(False, "stop before the export; the same call without it goes on")
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> RunOptions:
+    """The options of a command line; without a preset, the one that suits this machine."""
+    parser = argparse.ArgumentParser(description="Train a judge in two stages and export it as a GGUF file.")
+    add_flags(parser, RunOptions)
+    options = options_from(RunOptions, parser.parse_args(arguments))
+    try:
+        ScoreScale.parse(options.scale)
+    except ValueError as error:
+        parser.error(f"--scale: {error}")
+    if options.preset == "auto":
+        options = replace(options, preset=preset_of_machine())
+    return replace(options, out=options.out or f"runs/{options.preset}")
+
+
+def preset_of_machine() -> str:
+    """The name of the preset that suits this machine."""
+    import torch
+
+    if not torch.cuda.is_available():
+        logger.warning("no GPU here: this is a quick run in demo size on the CPU")
+        return "quick"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return "24gb" if memory > T4_BYTES else "t4"
+
+
+def preset_for(options: StageOptions) -> Preset:
+    """The preset with what the user chose put in its place.
+
+    Raises:
+        ValueError: the scale can't be read.
+    """
+    name = preset_of_machine() if options.preset == "auto" else options.preset
+    # A form in a notebook has no other way of leaving a field to the preset.
+    chosen = {key: value for key, value in vars(options).items() if value not in (None, "", 0)}
+    preset = PRESETS[name]
+    if preset.data is None and "data" in chosen:
+        preset = replace(preset, **_TOY_ON_OWN_DATA)
+    chosen["scale"] = ScoreScale.parse(options.scale)
+    if options.epochs is not None:
+        chosen["training"] = replace(preset.training, epochs=options.epochs)
+    known = {item.name for item in fields(Preset)}
+    return replace(preset, **{key: value for key, value in chosen.items() if key in known})
+
+
+def settings_of(options: RunOptions) -> dict[str, Any]:
+    """What may not change between the calls of one run; of data files, their content."""
+    settings = {"preset": options.preset, **asdict(preset_for(options))}
+    for name in ("data", "held_out", "template"):
+        path = settings[name]
+        if path and Path(path).is_file():
+            with open(path, "rb") as file:
+                settings[f"{name}_sha256"] = file_digest(file, "sha256").hexdigest()
+    return settings

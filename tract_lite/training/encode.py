@@ -1,0 +1,118 @@
+"""Training examples: ids, what is supervised, where the score stands; and their batches.
+
+A sequence is ids(prompt) + ids(reasoning) + marker + label + end token, as a judge meets it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from tract_lite.loss import IGNORE_INDEX
+from tract_lite.prompt import prompt_ids, reasoning_text
+from tract_lite.record import Record
+from tract_lite.spec import JudgeSpec
+from tract_lite.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: everything from `prompt_length` on is supervised."""
+
+    ids: list[int]
+    prompt_length: int
+    score_position: int
+    target: float
+
+
+class Unusable(ValueError):
+    """Why a record can't be trained on."""
+
+
+def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Example:
+    """The training sequence of a record with a gold score and a reasoning.
+
+    A score between two labels keeps its value as the target; the label token is the nearest one.
+
+    Raises:
+        Unusable: no score on the scale, no reasoning, the marker inside the reasoning, nothing to
+            make a prompt of, or too many tokens.
+    """
+    if record.score is None:
+        raise Unusable("no gold score")
+    if not spec.scale.contains(record.score):
+        raise Unusable("the gold score is outside the scale")
+    reasoning = record.feedback_ids
+    if reasoning is None:
+        reasoning = vocabulary.encode(reasoning_text(record.feedback or ""))
+    if not reasoning:
+        raise Unusable("no reasoning")
+    if spec.marker in vocabulary.decode(reasoning):
+        raise Unusable("the marker stands inside the reasoning")
+    try:
+        prompt = prompt_ids(record, spec, vocabulary)
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    label = spec.label_ids[spec.scale.nearest(record.score)]
+    ids = [*prompt, *reasoning, *spec.marker_ids, label, spec.eos_id]
+    if len(ids) > spec.max_length:
+        raise Unusable(f"longer than {spec.max_length} tokens")
+    return Example(ids, len(prompt), len(ids) - 2, record.score)
+
+
+def encode_records(
+    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary
+) -> tuple[list[Example], Counter[str]]:
+    """The examples of all usable records, and how many were dropped for each reason."""
+    examples, dropped = [], Counter()
+    for record in records:
+        try:
+            examples.append(encode_record(record, spec, vocabulary))
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    return examples, dropped
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """A right-padded batch: `input_ids`, `attention_mask`, `labels` (B, T), `score_positions`,
+    `targets` (B,)."""
+    longest = max(len(example.ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_id)
+    labels = torch.full((len(examples), longest), IGNORE_INDEX)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
+        input_ids[row, : len(ids)] = ids
+        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
+        mask[row, : len(ids)] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "score_positions": torch.tensor([example.score_position for example in examples]),
+        "targets": torch.tensor([example.target for example in examples]),
+    }
+
+
+class LengthGroupedSampler(Sampler):
+    """Batches of similar lengths in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        lengths, batch_size = self._lengths, self._batch_size
+        return iter(get_length_grouped_indices(lengths, batch_size, generator=generator))

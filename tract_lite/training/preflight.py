@@ -1,0 +1,138 @@
+"""Checks before the first step, on a real batch: what is trained is what the method says.
+
+Training frameworks can hand out other tensors than they are asked for, or train nothing, and the
+loss still looks fine.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from tract_lite.loss import IGNORE_INDEX
+from tract_lite.spec import JudgeSpec
+from tract_lite.training.encode import Example, collate
+from tract_lite.training.seed_model import compute_dtype, full_logits, hidden_states
+from tract_lite.training.trainer import CotRaftTrainer
+from tract_lite.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+SEQUENCES = 2
+# How far the loss may be from the plain one, relative to it: 16-bit logits are rounded.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Keeps small gradients above the least float16, as the scaler does in training.
+LOSS_SCALE = 1024.0
+BACKEND_ADVICE = (
+    "this version of the training backend does not compute what it is asked for; "
+    "load_seed(..., backend='transformers') does"
+)
+
+
+def preflight(
+    trainer: CotRaftTrainer, examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocabulary, pad_id: int
+) -> None:
+    """Check loss, gradients and labels on the shortest sequences; changes no weight.
+
+    Raises:
+        RuntimeError: the first fault found, in words.
+    """
+    shortest = sorted(examples, key=lambda example: len(example.ids))[:SEQUENCES]
+    check_labels(shortest, spec, vocabulary)
+    model = trainer.model.train()
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in collate(shortest, pad_id).items()}
+    on_gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with torch.random.fork_rng(on_gpus), trainer.compute_loss_context_manager():
+        check_hidden_size(model, batch)
+        loss, plain = check_loss(trainer, batch)
+        count = check_gradients(trainer, batch)
+    logger.info(
+        "preflight: loss %.4f, by the plain formula %.4f; all %d LoRA B matrices get a "
+        "gradient; the score tokens are the gold labels",
+        loss,
+        plain,
+        count,
+    )
+
+
+def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocabulary) -> None:
+    """The score token of each sequence spells the label that is nearest to its gold score."""
+    for example in examples:
+        label = spec.scale.labels[spec.scale.nearest(example.target)]
+        spelled = vocabulary.decode([example.ids[example.score_position]])
+        if spelled.strip() != label.strip():
+            raise RuntimeError(
+                f"preflight: the score token of a sequence spells {spelled!r}, its "
+                f"gold label is {label!r}: the spec belongs to another vocabulary"
+            )
+
+
+def check_hidden_size(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """The backend gives hidden states, and not logits in their place."""
+    expected = model.config.get_text_config().hidden_size
+    with torch.no_grad():
+        found = hidden_states(model, batch["input_ids"], batch["attention_mask"]).shape[-1]
+    if found != expected:
+        raise RuntimeError(
+            f"preflight: the hidden states are {found} wide, the model's are {expected}: {BACKEND_ADVICE}"
+        )
+
+
+def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """The loss of the batch and that of the plain formula on full logits, which must agree."""
+    with torch.no_grad():
+        # The same random numbers for dropout in both passes.
+        torch.manual_seed(0)
+        loss = trainer.loss_of(trainer.model, batch).loss.item()
+        torch.manual_seed(0)
+        plain = plain_loss(trainer, batch).item()
+    tolerance = TOLERANCE[compute_dtype(trainer.model)] * max(1.0, abs(plain))
+    if not abs(loss - plain) <= tolerance:
+        raise RuntimeError(
+            f"preflight: the loss of a batch is {loss:.5g}, by the plain formula {plain:.5g}: {BACKEND_ADVICE}"
+        )
+    return loss, plain
+
+
+def plain_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """CoT-RAFT from the model's own logits, with torch's cross-entropy. Source: TRACT, Eq. 4."""
+    logits = full_logits(trainer.model, batch["input_ids"], batch["attention_mask"])
+    labels, positions = batch["labels"].clone(), batch["score_positions"]
+    rows = torch.arange(len(labels), device=labels.device)
+    at_score = logits[rows, positions - 1].float()
+    expected = at_score.softmax(-1)[:, trainer.score_ids] @ trainer.score_values
+    if not trainer.settings.ce_on_score:
+        labels[rows, positions] = IGNORE_INDEX
+    supervised = labels[:, 1:] != IGNORE_INDEX
+    ce = cross_entropy(logits[:, :-1][supervised].float(), labels[:, 1:][supervised])
+    squared = (expected - batch["targets"]).square().mean()
+    return ce + trainer.settings.raft_weight * squared
+
+
+def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> int:
+    """Every LoRA B matrix gets a finite, non-zero gradient; returns how many there are.
+
+    The A matrices of a new adapter get none, since B is zero.
+    """
+    model = trainer.model
+    matrices = {
+        name: parameter for name, parameter in model.named_parameters() if "lora_B" in name and parameter.requires_grad
+    }
+    if not matrices:
+        raise RuntimeError("preflight: the model has no LoRA adapter to train: call add_lora first")
+    (trainer.loss_of(model, batch).loss * LOSS_SCALE).backward()
+    faulty = [
+        name
+        for name, matrix in matrices.items()
+        if matrix.grad is None or not matrix.grad.isfinite().all() or not matrix.grad.any()
+    ]
+    model.zero_grad()
+    if faulty:
+        raise RuntimeError(
+            f"preflight: {len(faulty)} of {len(matrices)} LoRA B matrices get no "
+            f"usable gradient, such as {faulty[0]}: {BACKEND_ADVICE}"
+        )
+    return len(matrices)

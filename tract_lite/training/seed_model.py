@@ -1,0 +1,277 @@
+"""The seed model: load it in 4 bits, attach LoRA, load an adapter, get its hidden states.
+
+The only module that knows which backend holds a model: Unsloth where CUDA is there, else
+transformers with bitsandbytes. A model that Unsloth has loaded carries a mark.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.training.precision import pick_dtype
+
+logger = logging.getLogger(__name__)
+
+HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+UNSLOTH_MARK = "loaded_by_unsloth"
+
+
+def load_seed(
+    name_or_path: str | Path,
+    load_in_4bit: bool = True,
+    max_seq_length: int = 3072,
+    backend: str = "auto",
+    precision: str | None = None,
+) -> tuple[Any, Any]:
+    """A seed model and its tokenizer, ready for `add_lora`.
+
+    `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
+    `precision`: as in `pick_dtype`.
+
+    Raises:
+        RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without CUDA.
+        ValueError: an unknown backend or precision.
+    """
+    dtype, reason = pick_dtype(precision)
+    logger.info("precision: %s", reason)
+    if backend == "auto":
+        backend = "transformers"
+        if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
+            backend = "unsloth"
+        elif torch.cuda.is_available():
+            logger.warning(
+                "unsloth is not installed, training is slower without it: pip install -r requirements-gpu.txt"
+            )
+    name = str(name_or_path)
+    if backend == "unsloth":
+        return _load_with_unsloth(name, load_in_4bit, max_seq_length, dtype)
+    if backend == "transformers":
+        return _load_with_transformers(name, load_in_4bit, dtype)
+    raise ValueError(f"backend must be 'auto', 'unsloth' or 'transformers', got {backend!r}")
+
+
+def open_seed_model(
+    seed_model: str | Path,
+    scale: ScoreScale,
+    *,
+    load_in_4bit: bool = True,
+    precision: str | None = None,
+    max_length: int = 3000,
+    **fields: Any,
+) -> tuple[Any, Any, JudgeSpec]:
+    """A seed model, its tokenizer, and the spec by which it is asked; see `SeedOptions`.
+
+    Raises:
+        ValueError: the scale does not fit the model's vocabulary; else as `load_seed`.
+    """
+    free_memory()
+    model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
+    # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
+    base = model.config._name_or_path
+    method = {"load_in_4bit": load_in_4bit}
+    spec = make_spec(tokenizer, scale, max_length=max_length, base_model=base, method=method, **fields)
+    return model, tokenizer, spec
+
+
+def free_memory() -> None:
+    """Give back what models that nobody holds any more have taken."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not torch.cuda.is_available():
+        raise RuntimeError("Unsloth needs a CUDA GPU: use backend='transformers' on this machine")
+    if "transformers" in sys.modules and "unsloth" not in sys.modules:
+        logger.warning("transformers was imported before unsloth: some of its speed-ups are lost")
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        name, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit, dtype=dtype
+    )
+    setattr(model, UNSLOTH_MARK, True)
+    return model, _with_padding(tokenizer)
+
+
+def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name)
+    options: dict[str, Any] = {"dtype": dtype}
+    if load_in_4bit and not hasattr(config, "quantization_config"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if torch.cuda.is_available():
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    for module in model.modules():
+        # Else bitsandbytes repacks the weights when a CPU with bfloat16 units first evaluates them:
+        # it computes in bfloat16 from then on, and without a gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, _with_padding(tokenizer)
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def add_lora(
+    model: Any,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    *,
+    gradient_checkpointing: bool = True,
+    seed: int = 42,
+) -> Any:
+    """A new adapter on all linear layers of the blocks; everything else is frozen.
+
+    Source: TRACT's settings (rank 8, alpha 16, dropout 0).
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    if _is_unsloth(model):
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            bias="none",
+            target_modules=_linear_names(model),
+            random_state=seed,
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+        )
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        target_modules=_linear_names(model),
+    )
+    return get_peft_model(model, config)
+
+
+def for_training(model: Any) -> None:
+    """Undo what judging with the model has switched, so that it can be trained."""
+    if _is_unsloth(model):
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_training(model)
+    model.train()
+
+
+def load_adapter(model: Any, adapter: str | Path) -> Any:
+    """The seed with a trained adapter on it, for judging."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The type that a model from `load_seed` computes in."""
+    return model.get_input_embeddings().weight.dtype
+
+
+def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The last hidden states (B, T, H), after the final norm and before the vocabulary projection.
+
+    They come out of the model's own forward, so that wrappers such as DDP see the pass.
+    """
+    if _is_unsloth(model):
+        with _environment(HIDDEN_STATES_SWITCH, "1"):
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    else:
+        hidden = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        ).hidden_states[-1]
+    return hidden
+
+
+def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) as the model itself computes them: much memory, for a check alone."""
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def lm_head_weight(model: Any) -> torch.Tensor:
+    """The vocabulary projection (V, H).
+
+    Raises:
+        ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    extras = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if getattr(config, name, None) not in (None, 1, 1.0)
+    ]
+    if getattr(head, "bias", None) is not None:
+        extras.append("a bias")
+    if extras:
+        raise ValueError(
+            f"training needs a plain vocabulary projection, this seed adds {', '.join(extras)}: "
+            "choose a Llama, Mistral, Qwen or Phi seed"
+        )
+    return head.weight
+
+
+def _is_unsloth(model: Any) -> bool:
+    """Whether Unsloth has loaded the model, which may be inside DDP and have an adapter on it."""
+    return getattr(getattr(model, "module", model), UNSLOTH_MARK, False)
+
+
+def _linear_names(model: Any) -> list[str]:
+    """The names of the linear layers inside the blocks, such as `q_proj`."""
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(linear)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

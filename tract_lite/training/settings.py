@@ -1,0 +1,98 @@
+"""Settings of one training stage; the defaults are TRACT's where the paper has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from tract_lite.spec import Sampling
+
+# What a stage leaves in its folder when it is done, and the folder of its adapter there.
+RESULT_FILE, ADAPTER = "stage.json", "adapter"
+# Says that a checkpoint is whole.
+COMPLETE_FILE = "complete.json"
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+PAPER_LEARNING_RATE = 1e-5
+PAPER_STEPS = 3000
+SHORT_RUN_LEARNING_RATE = 2e-4
+
+
+class SeedOptions(TypedDict, total=False):
+    """How a seed model is loaded, and the fields of the spec by which it is asked.
+
+    `max_length` counts the tokens of prompt, reasoning and score. `precision` is the type to
+    compute in: "float32", "bfloat16", "float16", or None for what suits the machine.
+    """
+
+    template: str
+    marker: str
+    max_length: int
+    sampling: Sampling
+    precision: str | None
+    load_in_4bit: bool
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How one stage is trained.
+
+    `learning_rate` None: 1e-5 as in the paper, or 2e-4 for a run of fewer than 3,000 steps.
+    `batch_size` counts the sequences of one optimiser step, over all processes;
+    `micro_batch_size` those that a process computes at once. `max_steps` ends a stage before its
+    epochs do. `optimizer` is a name of transformers, such as "paged_adamw_8bit"; `max_grad_norm` 0
+    clips nothing. Every `save_every` steps, and at the end, a checkpoint is written and the
+    validation records are scored.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of `micro_batch_size`.
+    """
+
+    epochs: float = 2.0
+    batch_size: int = 8
+    micro_batch_size: int = 1
+    learning_rate: float | None = None
+    warmup_ratio: float = 0.1
+    scheduler: str = "cosine"
+    raft_weight: float = 1.0
+    ce_on_score: bool = True
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch_fused"
+    max_steps: int = -1
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.accumulation(1)
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches of one optimiser step in each process.
+
+        Raises:
+            ValueError: `batch_size` can't be split so.
+        """
+        at_once = self.micro_batch_size * processes
+        if self.batch_size % at_once:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})" + (f" x {processes} processes" * (processes > 1))
+            )
+        return self.batch_size // at_once
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps of a stage on that many sequences."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return int(self.epochs * -(-examples // self.batch_size))
+
+    def pick_learning_rate(self, steps: int) -> tuple[float, str]:
+        """The learning rate of a stage of `steps` optimiser steps, and the reason for it."""
+        if self.learning_rate is not None:
+            return self.learning_rate, "as asked"
+        if steps >= PAPER_STEPS:
+            return PAPER_LEARNING_RATE, "the paper's"
+        return SHORT_RUN_LEARNING_RATE, (
+            f"{steps} steps are too few for the paper's {PAPER_LEARNING_RATE:g}, which suits its 25,000"
+        )

@@ -1,0 +1,178 @@
+"""One stage of CoT-RAFT training, from records to an adapter; the method calls it twice."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Sequence, Unpack
+
+import torch
+from accelerate import PartialState
+from peft import set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from tract_lite.data.jsonl import write_json
+from tract_lite.data.resume import claim
+from tract_lite.record import Record, digest
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import JudgeSpec
+from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.preflight import preflight
+from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
+from tract_lite.training.settings import ADAPTER, RESULT_FILE, SeedOptions, TrainSettings
+from tract_lite.training.trainer import CotRaftTrainer, is_complete
+from tract_lite.vocabulary import TransformersVocabulary
+
+logger = logging.getLogger(__name__)
+
+# What a stage is made from, so that a second call goes on with the same one.
+HOW_FILE = "stage_settings.json"
+
+
+def train_adapter(
+    records: Sequence[Record],
+    out: str | Path,
+    *,
+    seed_model: str | Path,
+    scale: ScoreScale,
+    settings: TrainSettings = TrainSettings(),
+    validation: Sequence[Record] = (),
+    gradient_checkpointing: bool = True,
+    **options: Unpack[SeedOptions],
+) -> Path:
+    """Train one stage: load the seed model, train a new adapter on the records, free the model.
+
+    `seed_model` is a folder or a hub id. `settings` and `validation` are those of `train_stage`,
+    which leaves its files in `out`. A stage that is there is not trained again, and one that was
+    stopped goes on. Returns the folder of the adapter: `Judge.from_adapter` judges with it.
+
+    Raises:
+        ValueError: no record can be trained on, or `out` holds a stage of other records or
+            settings.
+        RuntimeError: the preflight found a fault, or the GPU's memory is too small.
+
+    Source: TRACT, section 3 (both stages).
+    """
+    out = Path(out)
+    asked = {"seed_model": str(seed_model), "scale": asdict(scale), "settings": asdict(settings)}
+    how = {**asked, **options, "records": _digest(records), "validation": _digest(validation)}
+    if "sampling" in options:
+        how["sampling"] = asdict(options["sampling"])
+    if PartialState().is_main_process:
+        if not ((out / RESULT_FILE).exists() or newest_complete_checkpoint(out)):
+            # Nothing is trained yet, so nothing is lost.
+            (out / HOW_FILE).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        claim(out / HOW_FILE, how)
+    if not (out / RESULT_FILE).exists():
+        model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
+        spec = replace(spec, method={**spec.method, **asdict(settings)})
+        model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
+        train_stage(model, tokenizer, records, spec, out, settings, validation=validation)
+        del model
+        free_memory()
+    return out / ADAPTER
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """A hash of what is learnt from the records."""
+    return digest([[r.key, r.score, r.feedback, list(r.feedback_ids or ())] for r in records])
+
+
+def train_stage(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    spec: JudgeSpec,
+    out_dir: str | Path,
+    settings: TrainSettings = TrainSettings(),
+    *,
+    validation: Sequence[Record] = (),
+) -> dict[str, Any]:
+    """Train the adapter of `model` (from `add_lora`) on records with reasonings and gold scores.
+
+    With `validation` records, their expected scores after their own reasonings are measured at each
+    checkpoint (Pearson, RMSE), and the adapter with the lowest RMSE is kept; else the last one.
+    Goes on from the newest complete checkpoint in `out_dir`. Writes the adapter and its spec to
+    `out_dir/adapter` and, last, `out_dir/stage.json`, which is returned: counts of examples and of
+    dropped records by reason, settings, the step that is kept, log.
+
+    Raises:
+        ValueError: no record can be trained on, or the batch can't be split over the processes.
+        RuntimeError: the preflight found a fault, or the GPU's memory is too small.
+    """
+    out_dir = Path(out_dir)
+    vocabulary = TransformersVocabulary(tokenizer)
+    examples, dropped = encode_records(records, spec, vocabulary)
+    validated, unscored = encode_records(validation, spec, vocabulary)
+    _warn(dropped, len(records), "records")
+    _warn(unscored, len(validation), "validation records")
+    if not examples:
+        raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
+    for_training(model)
+    trainer = CotRaftTrainer(model, examples, spec, tokenizer, out_dir, settings, validated)
+    try:
+        preflight(trainer, examples, spec, vocabulary, tokenizer.pad_token_id)
+        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(_memory_advice(examples, settings)) from error
+    step = _take_best(trainer, out_dir)
+    result = {
+        "records": len(records),
+        "examples": len(examples),
+        "dropped": dict(dropped),
+        "validation": len(validated),
+        "kept_step": step,
+        "tokens_read": trainer.total_tokens,
+        "settings": asdict(settings),
+        "learning_rate": trainer.args.learning_rate,
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        adapter = out_dir / ADAPTER
+        model.save_pretrained(adapter)
+        spec.save(adapter)
+        write_json(out_dir / RESULT_FILE, result)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def newest_complete_checkpoint(folder: Path) -> str | None:
+    """The checkpoint with the most steps among those that were written to the end."""
+    complete = filter(is_complete, folder.glob("checkpoint-*"))
+    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def _take_best(trainer: CotRaftTrainer, out_dir: Path) -> int:
+    """Put the best validated adapter back into the model; returns its step.
+
+    The checkpoint is named by its step: a run folder may have been moved since.
+    """
+    last, best = trainer.state.global_step, trainer.state.best_global_step
+    if best in (None, last):
+        return last
+    adapter = load_file(out_dir / f"checkpoint-{best}" / SAFETENSORS_WEIGHTS_NAME)
+    set_peft_model_state_dict(trainer.model, adapter)
+    logger.info("kept the adapter of step %d of %d, the best on the validation records", best, last)
+    return best
+
+
+def _warn(dropped: dict[str, int], count: int, what: str) -> None:
+    for reason, number in sorted(dropped.items()):
+        logger.warning("%d of %d %s are dropped: %s", number, count, what, reason)
+
+
+def _memory_advice(examples: Sequence[Example], settings: TrainSettings) -> str:
+    longest = max(len(example.ids) for example in examples)
+    smaller = (
+        "a smaller micro_batch_size, "
+        if settings.micro_batch_size > 1
+        else "a smaller max_length (longer records are dropped), "
+    )
+    return (
+        f"out of GPU memory with {settings.micro_batch_size} sequences of up to {longest} "
+        f"tokens at once: take {smaller}gradient checkpointing, or a smaller seed"
+    )

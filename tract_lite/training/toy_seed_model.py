@@ -1,0 +1,129 @@
+"""A toy seed model for machines without a GPU: a small Llama with a sentencepiece vocabulary,
+trained from scratch on the text of the records it is to judge."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import sentencepiece
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+from tract_lite.data.files import cache_folder
+from tract_lite.data.formats import record_to_row
+from tract_lite.prompt import render
+from tract_lite.record import Record, digest
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import DEFAULT_TEMPLATE, JudgeSpec, make_spec
+from tract_lite.training.encode import Example, collate, encode_records
+from tract_lite.vocabulary import TransformersVocabulary
+
+logger = logging.getLogger(__name__)
+
+WIDTH, LAYERS, HEADS = 128, 3, 4
+BATCH_SIZE = 32
+BATCH_TOKENS = 4096
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 30
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def make_toy_seed_model(
+    records: Sequence[Record], scale: ScoreScale, *, vocabulary_size: int, steps: int, **fields: Any
+) -> Path:
+    """The folder of a toy seed model that has learnt to answer `records`; trained at first use.
+
+    `vocabulary_size` in tokens; `steps` of training; `fields` are further ones of the spec.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    content = [source, vocabulary_size, steps, list(map(record_to_row, records)), scale.labels]
+    folder = cache_folder() / f"toy_seed-{digest([*content, fields.get('template')])}"
+    if folder.exists():
+        logger.info("the toy seed model is at %s", folder)
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    _train_vocabulary(unfinished, _texts(records, scale, fields), vocabulary_size)
+    tokenizer = AutoTokenizer.from_pretrained(unfinished)
+    model = _train_model(records, make_spec(tokenizer, scale, **fields), tokenizer, steps)
+    # Real seeds come in 16 bits; so does this one.
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+def _train_vocabulary(folder: Path, texts: Iterator[str], size: int) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).split("\n")),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        max_sentence_length=100_000,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    config = {**SPECIALS, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": False}))
+
+
+def _texts(records: Sequence[Record], scale: ScoreScale, fields: dict[str, Any]) -> Iterator[str]:
+    """What the vocabulary is made for: prompts, reasonings and scores."""
+    ids = {name: () for name in ("chat", "marker_ids", "label_ids", "pieces")}
+    spec = JudgeSpec(eos_id=0, scale=scale, **{"template": DEFAULT_TEMPLATE, **ids, **fields})
+    for number, record in enumerate(records):
+        label = scale.labels[number % len(scale.labels)]
+        yield f"{render(record, spec)}{record.feedback} {spec.marker} {label}"
+
+
+def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, steps: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=8192,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
+    for _, batch in zip(tqdm(range(steps), "toy seed model"), _batches(examples)):
+        inputs = collate(batch, pad_id=0)
+        # Right padding is behind all real tokens, so the causal mask is enough.
+        loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Endless batches of similar lengths, of at most `BATCH_TOKENS` tokens or one example."""
+    draw = random.Random(0)
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    while True:
+        start = draw.randrange(len(by_length))
+        longest = len(by_length[min(start + BATCH_SIZE, len(by_length)) - 1].ids)
+        count = max(1, min(BATCH_SIZE, BATCH_TOKENS // longest))
+        yield by_length[start : start + count]

@@ -1,0 +1,247 @@
+"""transformers' Trainer with the CoT-RAFT loss, scaled by the counts of the optimiser step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import psutil
+import torch
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from tract_lite.data.jsonl import write_json
+from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
+from tract_lite.metrics import evaluate
+from tract_lite.spec import JudgeSpec
+from tract_lite.training.encode import Example, LengthGroupedSampler, collate
+from tract_lite.training.seed_model import compute_dtype, hidden_states, lm_head_weight
+from tract_lite.training.settings import COMPLETE_FILE, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+# Of the log, what is shown while training; `stage.json` has the rest.
+SHOWN_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens_per_second")
+
+
+class CotRaftTrainer(Trainer):
+    """Trains an adapter on examples and, with `validation`, scores these at each checkpoint."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        spec: JudgeSpec,
+        tokenizer: Any,
+        out_dir: Path,
+        settings: TrainSettings,
+        validation: Sequence[Example] = (),
+    ):
+        steps = settings.steps(len(examples))
+        learning_rate, reason = settings.pick_learning_rate(steps)
+        logger.info("%d sequences, %d steps, learning rate %g (%s)", len(examples), steps, learning_rate, reason)
+        arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), "steps" if validation else "no")
+        arguments.gradient_accumulation_steps = settings.accumulation(arguments.world_size)
+        self.settings = settings
+        self._lengths = [len(example.ids) for example in examples]
+        self.total_tokens = sum(self._lengths) * steps / -(-len(examples) // settings.batch_size)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=list(examples),
+            eval_dataset=list(validation) or None,
+            compute_metrics=_agreement,
+            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            callbacks=[_MarkComplete()],
+        )
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_ShowFigures())
+        # Our loss divides by the counts of the step, so Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self._head = lm_head_weight(model)
+        self.score_ids = torch.tensor(spec.label_ids, device=self.args.device)
+        self.score_values = torch.tensor(spec.scale.values, device=self.args.device)
+        self._meter = _Meter(self.args.device)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one step, each with the token and sequence counts of all of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, device=device)
+        for batch in batches:
+            has_score = batch["score_positions"] > 0
+            counts[0] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            counts[0] -= 0 if self.settings.ce_on_score else has_score.sum()
+            counts[1] += has_score.sum()
+        # DDP averages gradients over processes, so each one divides by its share of the total.
+        counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
+        for batch in batches:
+            batch["num_tokens"], batch["num_sequences"] = counts[0], counts[1]
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        result = self.loss_of(model, inputs)
+        self._meter.add(result, inputs)
+        return (result.loss, {"predictions": result.predictions}) if return_outputs else result.loss
+
+    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor]) -> CotRaftLoss:
+        """The loss of one micro-batch, by the counts of its step where it brings them."""
+        hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
+        return cot_raft_loss(
+            hidden,
+            self._head,
+            inputs["labels"],
+            inputs["score_positions"],
+            self.score_ids,
+            self.score_values,
+            inputs["targets"],
+            raft_weight=self.settings.raft_weight,
+            ce_on_score=self.settings.ce_on_score,
+            num_tokens=inputs.get("num_tokens"),
+            num_sequences=inputs.get("num_sequences"),
+        )
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            result = self.loss_of(model, inputs)
+        return result.loss, result.predictions, inputs["targets"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._meter.read(self.accelerator))
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, *_: Any) -> Sampler:
+        return LengthGroupedSampler(self._lengths, self.settings.batch_size, self.settings.seed)
+
+
+def _arguments(
+    settings: TrainSettings, out_dir: Path, learning_rate: float, dtype: torch.dtype, eval_strategy: str
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(out_dir),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        per_device_eval_batch_size=settings.micro_batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_ratio,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        weight_decay=0.0,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        eval_strategy=eval_strategy,
+        eval_steps=settings.save_every,
+        metric_for_best_model="rmse",
+        greater_is_better=False,
+        logging_steps=settings.log_every,
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=settings.seed,
+    )
+    # Several GPUs and no launcher: Trainer would multiply the batch, and spread 16-bit seeds.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _agreement(scored: EvalPrediction) -> dict[str, float]:
+    figures = evaluate(scored.predictions, scored.label_ids)
+    # Of constant predictions there is no correlation.
+    return {name: figures[name] for name in ("pearson", "rmse") if figures[name] == figures[name]}
+
+
+class _Meter:
+    """Means of the loss terms since the last reading, tokens per second, peak memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._peak_bytes = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        # ce and squared error in units of a step, absolute error, scores, steps, tokens
+        self._sums = torch.zeros(6, dtype=torch.float64, device=self._device)
+        self._since = time.perf_counter()
+
+    def add(self, result: CotRaftLoss, inputs: dict[str, torch.Tensor]) -> None:
+        self._peak_bytes = max(self._peak_bytes, _memory_in_use())
+        errors = (result.predictions - inputs["targets"])[result.predictions.isfinite()].abs()
+        count = torch.tensor(len(errors), device=self._device)
+        self._sums += torch.stack(
+            [
+                result.ce,
+                result.raft,
+                errors.sum(),
+                count,
+                count / inputs["num_sequences"],
+                inputs["attention_mask"].sum(),
+            ]
+        )
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The figures of all processes together."""
+        sums = accelerator.reduce(self._sums, "sum").tolist()
+        ce, squared, absolute, scores, steps, tokens = sums
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        figures = {
+            "ce": ce / max(steps, 1e-9),
+            "raft": squared / max(steps, 1e-9),
+            "score_mae": absolute / max(scores, 1),
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gb": self._peak_bytes / 2**30,
+        }
+        self._reset()
+        return figures
+
+
+def _memory_in_use() -> int:
+    """Bytes: the most so far on the GPU where there is one, else what the process has now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+class _ShowFigures(ProgressCallback):
+    """Above the progress bar, a line for each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        figures = [f"{name} {logs[name]:.4g}" for name in SHOWN_FIGURES if name in logs]
+        if figures and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step}: {', '.join(figures)}", file=sys.stderr)
+
+
+class _MarkComplete(TrainerCallback):
+    """Writes the sizes of a checkpoint's files beside them, last: killed runs leave half of one."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE_FILE, _sizes(folder))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are there as they were written: a copy may lack some."""
+    try:
+        sizes = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return sizes.items() <= _sizes(checkpoint).items()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
