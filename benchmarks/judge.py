@@ -6,7 +6,8 @@
 All ways judge with one model, in one run: each item has a prompt, a sampled reasoning of one
 length, and the full distribution read behind the marker. Every way has a process of its own, and
 its time starts when the model is loaded. Asked besides: what repacked weights bring, and whether
-the engine keeps to the memory of the model file, the cache and, repacked, the second copy.
+the engine keeps to the memory of the model file, the cache and, repacked, the second copy. On a
+processor with AMX nothing is repacked, since llama.cpp would crash.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import logging
 import re
 import statistics
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
+from unittest.mock import patch
 
 import measure
 import numpy as np
 from measure import MB, in_child, table, verdict
 
 from tract_lite.data.files import cache_folder
+from tract_lite.engines.context import usable_cpus
 from tract_lite.engines.llama import LlamaEngine, default_parallel
-from tract_lite.engines.llama_cpp import REPACK, read_spec, system_info, usable_cpus
+from tract_lite.engines.llama_cpp import has_amx, read_spec, system_info
 from tract_lite.engines.task import Task
 from tract_lite.export.gguf import export_gguf
 from tract_lite.rail import label_log_probabilities
@@ -84,7 +88,7 @@ class Way:
     function: str
     n_cot: int = 1
     shares: bool = False
-    repack: bool | None = None
+    repack: bool = False
     bar: float | None = None
 
 
@@ -97,7 +101,7 @@ WAYS = (
     PLAIN,
     Way("ours, unrelated prompts", "ours", bar=1.5),
     Way("ours, one rubric and instruction", "ours", shares=True, bar=2.5),
-    Way(f"ours, the same, {'not ' * REPACK}repacked", "ours", shares=True, repack=not REPACK),
+    Way("ours, the same, repacked", "ours", shares=True, repack=True),
     Way("llama-cpp-python with logprobs", "logprobs"),
     PLAIN_8,
     Way("ours, 8 reasonings an item", "ours", n_cot=8, bar=2.5),
@@ -182,15 +186,25 @@ def make_tasks(way: Way, lengths: Lengths, vocabulary: int, items: int) -> list[
 
 
 def judge(
-    way: dict[str, Any], lengths: dict[str, int], vocabulary: int, path: str, items: int, threads: int, parallel: int
+    way: dict[str, Any],
+    lengths: dict[str, int],
+    vocabulary: int,
+    path: str,
+    items: int,
+    threads: int,
+    parallel: int,
+    amx: bool,
 ) -> dict[str, Any]:
-    """Judge some items one way: seconds, peak memory, tokens written, the sizes of buffers."""
+    """Judge some items one way: seconds, peak memory, tokens written, the sizes of buffers.
+
+    `amx`: whether the processor has it.
+    """
     way, lengths = Way(**way), Lengths(**lengths)
     buffers = _record_buffers()
     spec = read_spec(path)
     spec = replace(spec, sampling=replace(spec.sampling, max_new_tokens=lengths.reasoning))
     run = {"ours": _ours, "plain": _plain, "logprobs": _logprobs}[way.function](
-        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack
+        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack, amx=amx
     )
     tasks = make_tasks(way, lengths, vocabulary, items)
     run([Task([1, FIRST_ID], [0])])
@@ -214,20 +228,20 @@ def _record_buffers() -> dict[str, float]:
             if found := LOGGED_BUFFER.search(record.getMessage()):
                 buffers[f"{found[1]} {found[2]}"] = float(found[3]) * 2**20
 
-    logger = logging.getLogger("tract_lite.llama")
+    logger = logging.getLogger("tract_lite.engines.llama_cpp")
     logger.addHandler(Recorder())
     logger.setLevel(logging.DEBUG)
     return buffers
 
 
-def _ours(path: str, spec: JudgeSpec, length: int, threads: int, parallel: int, repack: bool | None) -> Judging:
+def _ours(path: str, spec: JudgeSpec, length: int, threads: int, parallel: int, repack: bool, **_: Any) -> Judging:
     engine = LlamaEngine(path, spec, context_length=length, threads=threads, parallel=parallel, repack=repack)
     return lambda tasks: [len(sample.reasoning) for _, samples in engine.run(tasks) for sample in samples]
 
 
-def _plain(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> Judging:
+def _plain(path: str, spec: JudgeSpec, length: int, threads: int, amx: bool, **_: Any) -> Judging:
     """`Llama.generate`, which keeps the prefix that a prompt shares with the one before."""
-    llama = _open_llama(path, length, threads, spec)
+    llama = open_llama(path, length, threads, spec, amx)
 
     def run(tasks: Sequence[Task]) -> list[int]:
         written = []
@@ -245,9 +259,9 @@ def _plain(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> J
     return run
 
 
-def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -> Judging:
+def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, amx: bool, **_: Any) -> Judging:
     """`Llama.create_completion` twice: for the reasoning, and with logprobs for the score."""
-    llama = _open_llama(path, length, threads, spec, logits_all=True)
+    llama = open_llama(path, length, threads, spec, amx, logits_all=True)
 
     def run(tasks: Sequence[Task]) -> list[int]:
         written = []
@@ -267,18 +281,31 @@ def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, **_: Any) -
     return run
 
 
-def _open_llama(path: str, length: int, threads: int, spec: JudgeSpec, **options: Any) -> Any:
+def open_llama(path: str, length: int, threads: int, spec: JudgeSpec, amx: bool, **options: Any) -> Any:
+    """llama-cpp-python's own model: as it comes, but for repacked weights where `amx`."""
     from llama_cpp import Llama
 
-    return Llama(
-        path,
-        n_ctx=length,
-        n_threads=threads,
-        n_threads_batch=threads,
-        verbose=False,
-        last_n_tokens_size=spec.sampling.max_new_tokens,
-        **options,
-    )
+    with _without_repacking() if amx else nullcontext():
+        return Llama(
+            path,
+            n_ctx=length,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+            last_n_tokens_size=spec.sampling.max_new_tokens,
+            **options,
+        )
+
+
+@contextmanager
+def _without_repacking() -> Iterator[None]:
+    """Here `Llama`, which has no parameter for it, loads weights as they are."""
+    from llama_cpp import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    with patch.object(llama_cpp, "llama_model_default_params", lambda: params):
+        yield
 
 
 def _rule(spec: JudgeSpec) -> dict[str, float]:
@@ -300,6 +327,7 @@ class Comparison:
             options.parallel = options.parallel or 8
         self.threads = options.threads
         self.parallel = options.parallel or default_parallel(self.lengths.all, self.shape.token_bytes)
+        self.amx = has_amx()
         self.failures: list[str] = []
 
     def show(self) -> None:
@@ -334,6 +362,9 @@ class Comparison:
         return path
 
     def measure(self, way: Way, path: Path) -> dict[str, Any]:
+        """What `judge` measures and the `speed`, or `missing`: why there is nothing, in a word."""
+        if way.repack and self.amx:
+            return {"missing": "crashes with AMX"}
         result = in_child(
             __file__,
             {
@@ -345,11 +376,12 @@ class Comparison:
                 "items": self.items(way),
                 "threads": self.threads,
                 "parallel": self.parallel,
+                "amx": self.amx,
             },
         )
         if "error" in result:
             self.failures.append(f"{way.name}: {result['error']}")
-            return {}
+            return {"missing": "failed"}
         print(f"{way.name}: {result['seconds']:.1f} s", flush=True)
         return {**result, "speed": 60 * self.items(way) / result["seconds"]}
 
@@ -362,8 +394,8 @@ class Comparison:
     def speed_table(self, results: dict[Way, dict[str, Any]]) -> str:
         rows = []
         for way, result in results.items():
-            if not result:
-                rows.append([way.name, str(way.n_cot), "failed", *[""] * 4])
+            if missing := result.get("missing"):
+                rows.append([way.name, str(way.n_cot), missing, *[""] * 4])
                 continue
             plain = results[PLAIN if way.n_cot == 1 else PLAIN_8].get("speed")
             rows.append(
@@ -382,7 +414,7 @@ class Comparison:
     def memory_table(self, results: dict[Way, dict[str, Any]]) -> str:
         rows = []
         for way, result in results.items():
-            if way.function != "ours" or not result:
+            if way.function != "ours" or "missing" in result:
                 continue
             buffers = result["buffers"]
             cache, repacked = (sum(size for name, size in buffers.items() if kind in name) for kind in ("KV", "REPACK"))

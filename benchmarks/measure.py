@@ -19,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 # A clone works without being installed.
 sys.path.insert(0, str(ROOT))
@@ -52,13 +54,8 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Bytes that could still be had; outside Linux, all of the machine's."""
-    if device == "cuda":
-        return _cuda().mem_get_info()[0]
-    try:
-        return _bytes(Path("/proc/meminfo"), "MemAvailable")
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that could still be had."""
+    return _cuda().mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def _cuda() -> Any:
@@ -67,17 +64,13 @@ def _cuda() -> Any:
     return torch.cuda
 
 
-def _bytes(file: Path, field: str) -> int:
-    lines = file.read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
-
-
 def _status(field: str) -> int:
     try:
-        return _bytes(Path("/proc/self/status"), field)
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def interleaved_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

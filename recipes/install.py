@@ -8,9 +8,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
@@ -20,22 +20,16 @@ SHOWN = ("torch", "transformers", "peft", "bitsandbytes", "unsloth", "llama-cpp-
 
 def read_requirements(path: Path) -> list[Requirement]:
     """What a requirements file lists, with what the files that it names list."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if line.startswith("-r "):
-            found += read_requirements(path.parent / line.removeprefix("-r ").strip())
-        elif line:
-            found.append(Requirement(line))
-    return found
+    lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    named = [part for line in lines if line.startswith("-r ") for part in read_requirements(path.parent / line[3:])]
+    return named + [Requirement(line) for line in lines if line and not line.startswith("-r ")]
 
 
-def installed(name: str) -> str | None:
-    """The installed version; None where there is none."""
-    try:
+def installed(name: str) -> str:
+    """The installed version; empty where there is none."""
+    with suppress(PackageNotFoundError):
         return version(name)
-    except PackageNotFoundError:
-        return None
+    return ""
 
 
 def is_met(requirement: Requirement) -> bool:
@@ -45,7 +39,7 @@ def is_met(requirement: Requirement) -> bool:
 
 def check_torch(requirements: list[Requirement]) -> None:
     """Raises RuntimeError where the torch that is there is outside the range."""
-    torch = next(r for r in requirements if r.name == "torch")
+    torch = next(requirement for requirement in requirements if requirement.name == "torch")
     if installed("torch") and not is_met(torch):
         raise RuntimeError(
             f"this platform has torch {installed('torch')}, and tract-lite is made for torch "
@@ -56,23 +50,18 @@ def check_torch(requirements: list[Requirement]) -> None:
 
 def install(file: Path) -> None:
     """Let pip install a requirements file around the torch that is there."""
-    with TemporaryDirectory() as folder:
-        constraints = Path(folder, "constraints.txt")
-        torch = installed("torch")
-        constraints.write_text(f"torch=={torch}\n" if torch else "", encoding="utf-8")
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "-r", str(file), "-c", str(constraints)], check=True
-        )
+    kept = [f"torch=={there}"] if (there := installed("torch")) else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(file), *kept], check=True)
 
 
 def describe_hardware() -> str:
-    """The precision that this machine trains in, and why.
+    """The precision that this machine computes in, and why.
 
     Raises:
         RuntimeError: the installed torch has no kernels for the card.
     """
     sys.path.insert(0, str(ROOT))
-    from tract_lite.training.seed_model import pick_dtype
+    from tract_lite import pick_dtype
 
     dtype, reason = pick_dtype()
     return f"computes in {str(dtype).removeprefix('torch.')}: {reason}"
@@ -91,14 +80,11 @@ def main() -> None:
     requirements = read_requirements(file)
     try:
         check_torch(requirements)
-        if installed("torch"):
-            # A card that won't do is found before minutes of installing.
+        # A card that won't do is best found before minutes of installing.
+        with suppress(ModuleNotFoundError):
             describe_hardware()
-        missing = [str(requirement) for requirement in requirements if not is_met(requirement)]
-        if missing:
-            print(
-                f"installing {', '.join(missing)}; llama-cpp-python is compiled, which takes some minutes", flush=True
-            )
+        if missing := [str(requirement) for requirement in requirements if not is_met(requirement)]:
+            print(f"installing {', '.join(missing)}; to compile llama-cpp-python takes some minutes", flush=True)
             install(file)
         else:
             print("nothing to install")

@@ -5,20 +5,18 @@ python recipes/notebooks.py
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import nbformat.v4 as nb
 from jinja2 import Environment, StrictUndefined
 
 FOLDER = Path(__file__).resolve().parent
-SOURCE = FOLDER / "notebook.md"
 # Where the notebooks, their clone and the badges in the README point to.
 REPOSITORY = "tract-lite/tract-lite"
-BLOB = f"{REPOSITORY}/blob/main/recipes"
-
-PLATFORMS: dict[str, dict[str, str]] = {
+COLAB, KAGGLE = "https://colab.research.google.com", "https://kaggle.com"
+PLATFORMS: dict[str, dict[str, Any]] = {
     "colab": {
         "platform": "Colab",
         "gpu_menu": "*Runtime*, *Change runtime type*, *T4 GPU*",
@@ -26,6 +24,9 @@ PLATFORMS: dict[str, dict[str, str]] = {
         "or give its path on Drive)",
         "kept": "/content/drive/MyDrive",
         "kept_words": " on Drive, which survives the session",
+        "image": f"{COLAB}/assets/colab-badge.svg",
+        "opens": f"{COLAB}/github/",
+        "metadata": {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}},
     },
     "kaggle": {
         "platform": "Kaggle",
@@ -33,12 +34,14 @@ PLATFORMS: dict[str, dict[str, str]] = {
         "upload": " (*Add input*, then its path under `/kaggle/input`)",
         "kept": "/kaggle/working",
         "kept_words": " in `/kaggle/working`",
+        "image": f"{KAGGLE}/static/images/open-in-kaggle.svg",
+        "opens": f"{KAGGLE}/kernels/welcome?src=https://github.com/",
+        "metadata": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}},
     },
 }
-
-METADATA: dict[str, dict[str, Any]] = {
-    "colab": {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}},
-    "kaggle": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}},
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
 }
 
 
@@ -49,39 +52,23 @@ def notebook_file(platform: str) -> Path:
 
 def badge(platform: str) -> str:
     """The badge that opens a platform's notebook, as Markdown."""
-    name = notebook_file(platform).name
-    if platform == "colab":
-        link = f"https://colab.research.google.com/github/{BLOB}/{name}"
-        image = "https://colab.research.google.com/assets/colab-badge.svg"
-    else:
-        link = f"https://kaggle.com/kernels/welcome?src=https://github.com/{BLOB}/{name}"
-        image = "https://kaggle.com/static/images/open-in-kaggle.svg"
-    return f"[![Open in {PLATFORMS[platform]['platform']}]({image})]({link})"
+    its = PLATFORMS[platform]
+    link = f"{its['opens']}{REPOSITORY}/blob/main/recipes/{notebook_file(platform).name}"
+    return f"[![Open in {its['platform']}]({its['image']})]({link})"
 
 
 def build(platform: str) -> str:
     """The text of a platform's notebook: fenced Python is a code cell, what is between a text."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((FOLDER / "notebook.md").read_text(encoding="utf-8"))
     choice = {name: name == platform for name in PLATFORMS}
-    text = environment.from_string(SOURCE.read_text(encoding="utf-8")).render(
-        PLATFORMS[platform], repository=REPOSITORY, **choice
-    )
+    text = template.render(PLATFORMS[platform], repository=REPOSITORY, **choice)
     parts = re.split(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    cells = [_cell(number, part.strip("\n")) for number, part in enumerate(parts) if part.strip()]
-    kernel = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    notebook = {"cells": cells, "metadata": kernel | METADATA[platform], "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def _cell(number: int, source: str) -> dict[str, Any]:
-    """Odd parts stood in a fence."""
-    cell: dict[str, Any] = {"id": f"cell-{number}", "metadata": {}, "source": source.splitlines(keepends=True)}
-    if number % 2:
-        return cell | {"cell_type": "code", "execution_count": None, "outputs": []}
-    return cell | {"cell_type": "markdown"}
+    # Odd parts stood in a fence.
+    makers = (nb.new_markdown_cell, nb.new_code_cell)
+    cells = [makers[n % 2](part.strip("\n"), id=f"cell-{n}") for n, part in enumerate(parts) if part.strip()]
+    notebook = nb.new_notebook(cells=cells, metadata=KERNEL | PLATFORMS[platform]["metadata"], nbformat_minor=5)
+    return nb.writes(notebook) + "\n"
 
 
 def main() -> None:

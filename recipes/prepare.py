@@ -21,7 +21,7 @@ BEST = "true mean (best possible)"
 
 
 def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
-    """The preset with all files and models named, and the splits of its data, the same at every call."""
+    """The preset with all files and models named, and the splits of its data, always the same."""
     own_data = preset.data is not None
     if not own_data:
         folder = run.once("example", write_example, run, preset.max_items, preset.max_held_out)
@@ -43,7 +43,7 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
 
 
 def write_example(run: Run, training: int, held_out: int, folder: Path) -> None:
-    """The built-in example as files, and what the best possible judge says of its held-out items."""
+    """The built-in example as files, and what the best judge says of its held-out items."""
     folder.mkdir(parents=True, exist_ok=True)
     items = example.make_items(held_out, example.HELD_OUT_SEED)
     write_records(folder / "data.jsonl", [i.record for i in example.make_items(training, example.TRAINING_SEED)])

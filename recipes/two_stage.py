@@ -75,7 +75,7 @@ def two_stage(options: RunOptions, run: Run) -> None:
     # Stage 1: learn to judge from the reasonings that annotators wrote (p_a).
     p_s = train_adapter(training, run / "stage1", validation=validation, **p0)
 
-    # The stage-1 judge writes its own reasoning for every item. Its score goes, the gold score stays.
+    # The stage-1 judge writes its own reasoning for every item. Its score goes, the gold one stays.
     own = run.once("self_generated.jsonl", write_reasonings, partial(judge_of, p_s), records)
     training, validation = apart(read_records(own), data.validation)
 
@@ -131,15 +131,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse_options(arguments)
     run = Run(options.out)
-    try:
-        with run.log():
+    with run.log():
+        try:
             two_stage(options, run)
-    except (ValueError, FileNotFoundError) as error:
-        logger.error("error: %s", error)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        logger.error("stopped; the same command goes on")
-        raise SystemExit(130) from None
+        except (ValueError, FileNotFoundError) as error:
+            logger.error("error: %s", error)
+            raise SystemExit(2) from error
+        except KeyboardInterrupt:
+            logger.error("stopped; the same command goes on")
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -19,11 +21,13 @@ from threading import Lock, Thread
 from typing import Any, Callable, Iterator
 
 import httpx
+import llama_cpp
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite.data.files import cache_folder
+from tract_lite.engines.llama_cpp import load_model
 
 START_SECONDS = 60
 # Not tuned to the machine: the cache may travel, and AMX stays off.
@@ -117,16 +121,6 @@ def llama_server(model: Path, slots: int = 4, context: int = 256) -> Iterator[st
         yield url
 
 
-@contextmanager
-def text_server(model: Path, context: int = 256, logits_all: bool = True) -> Iterator[str]:
-    """llama-cpp-python's own server with a model."""
-    port = free_port()
-    options = f"--host 127.0.0.1 --port {port} --n_ctx {context} --n_threads 1 --n_threads_batch 1"
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", model, *options.split()]
-    with running([*command, "--logits_all", logits_all], port, "/v1/models") as url:
-        yield url
-
-
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
@@ -181,6 +175,114 @@ def fake_server(answer: Callable[[str, Any, str | None], Answer]) -> Iterator[st
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class FakeLlamaServer:
+    """A fake: llama-server's protocol over a transformers model, with llama.cpp's own vocabulary.
+
+    Where the real one can be built, tests hold both to the same. `path`: the GGUF with the
+    vocabulary. `folder`: the model; without one only texts are taken apart. `near`: whether the
+    server's file is there for its clients.
+    """
+
+    KNOWN = set(
+        """model prompt n_predict stop seed samplers temperature top_p mirostat dynatemp_range
+        min_keep return_tokens n_probs post_sampling_probs logit_bias""".split()
+    )
+
+    def __init__(self, path: Path, folder: Path | None = None, *, near: bool = True, context: int = 256):
+        self.path, self.near, self.context = path, near, context
+        self.model = folder and AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.gguf = load_model(path, vocab_only=True)
+        weakref.finalize(self, llama_cpp.llama_model_free, self.gguf)
+        self.vocab = llama_cpp.llama_model_get_vocab(self.gguf)
+        self.lock = Lock()
+
+    def __call__(self, path: str, body: Any, key: str | None) -> Answer:
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [{"id": self.path.name, "owned_by": "llamacpp"}]}
+        if path == "/props":
+            place = str(self.path if self.near else self.path.with_name("far.gguf"))
+            return 200, {"default_generation_settings": {"n_ctx": self.context}, "model_path": place}
+        if path not in ("/tokenize", "/detokenize", "/completion"):
+            return 404, {"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}
+        with self.lock, torch.inference_mode():
+            return 200, getattr(self, path[1:])(body)
+
+    def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        data = body["content"].encode()
+        ids = (llama_cpp.llama_token * (len(data) + 8))()
+        options = body["add_special"], body["parse_special"]
+        return {"tokens": ids[: llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, len(ids), *options)]}
+
+    def detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"content": b"".join(map(self._piece, body["tokens"])).decode("utf-8", "replace")}
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert set(body) <= self.KNOWN and body["model"] == self.path.name
+        assert not body["mirostat"] and not body["dynatemp_range"] and not body["min_keep"]
+        answer = {"truncated": False, "tokens_evaluated": len(body["prompt"]), "stop_type": "limit"}
+        ids, text, output = [], b"", None
+        with _sampler(body, len(self.model.lm_head.weight)) as choose:
+            while len(ids) < body["n_predict"]:
+                taken = torch.tensor([[ids[-1]] if ids else body["prompt"]])
+                output = self.model(taken, past_key_values=output and output.past_key_values, use_cache=True)
+                logits = output.logits[0, -1]
+                ids.append(choose(logits.numpy()))
+                text += self._piece(ids[-1])
+                if llama_cpp.llama_vocab_is_eog(self.vocab, ids[-1]):
+                    answer["stop_type"] = "eos"
+                elif any(word.encode() in text for word in body.get("stop", [])):
+                    answer["stop_type"] = "word"
+                else:
+                    continue
+                break
+        if body.get("return_tokens"):
+            answer["tokens"] = ids
+        if count := body.get("n_probs"):
+            assert len(ids) == 1 and not body["post_sampling_probs"]
+            rows = logits.log_softmax(-1)
+            top = [{"id": i, "logprob": rows[i].item()} for i in rows.topk(count).indices.tolist()]
+            # Of a token that is no whole character nothing is told.
+            whole = "\ufffd" not in text.decode("utf-8", "replace")
+            answer["completion_probabilities"] = [{"id": ids[0], "top_logprobs": top}] * whole
+        return answer
+
+    def _piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        length = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[:length]
+
+
+@contextmanager
+def _sampler(body: dict[str, Any], size: int) -> Iterator[Callable[[Any], int]]:
+    """Chooses from logits as llama-server does, by the samplers that it is asked for."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    biases = [llama_cpp.llama_logit_bias(*pair) for pair in body.get("logit_bias", [])]
+    array = (llama_cpp.llama_logit_bias * len(biases))(*biases)
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_logit_bias(size, len(biases), array))
+    for name in body["samplers"]:
+        added = {
+            "temperature": lambda: llama_cpp.llama_sampler_init_temp(body["temperature"]),
+            "top_p": lambda: llama_cpp.llama_sampler_init_top_p(body["top_p"], 1),
+        }[name]()
+        llama_cpp.llama_sampler_chain_add(chain, added)
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(body.get("seed", 0xFFFFFFFF)))
+
+    def choose(logits: Any) -> int:
+        data = (llama_cpp.llama_token_data * size)(
+            *(llama_cpp.llama_token_data(i, logit, 0.0) for i, logit in enumerate(logits))
+        )
+        candidates = llama_cpp.llama_token_data_array(data, size, -1, False)
+        llama_cpp.llama_sampler_apply(chain, ctypes.byref(candidates))
+        token = candidates.data[candidates.selected].id
+        llama_cpp.llama_sampler_accept(chain, token)
+        return token
+
+    try:
+        yield choose
+    finally:
+        llama_cpp.llama_sampler_free(chain)
 
 
 class FakeVLLM:

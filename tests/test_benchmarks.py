@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import io
+import mmap
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
+import llama_cpp
 import pytest
 import torch
+from tiny import make_plain_judge
 
+from tract_lite.engines.llama_cpp import has_amx, read_spec
 from tract_lite.training.seed_model import load_seed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+# A whole script; what it calls is tested on its own besides.
+whole = pytest.mark.long
 
 
 @pytest.fixture
@@ -30,8 +39,14 @@ def measure(load) -> ModuleType:
     return load("measure")
 
 
-def run(script: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True)
+def start(script: str, *arguments: str, gpu: bool = True) -> subprocess.CompletedProcess:
+    environment = os.environ if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, BENCHMARKS / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def run(script: str, *arguments: str, gpu: bool = True) -> str:
+    done = start(script, *arguments, gpu=gpu)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -56,13 +71,22 @@ def loss_output() -> str:
     return run("loss.py", "--smallest")
 
 
+def train_tiny(folder: Path, gpu: bool) -> str:
+    sizes = ("--tokens", "1024", "--steps", "1")
+    return run("train_gpu.py", "--model", "tiny", "--folder", str(folder), *sizes, gpu=gpu)
+
+
 @pytest.fixture(scope="module")
 def training_output(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("random")
-    sizes = ("--tokens", "1024", "--steps", "1")
-    return run("train_gpu.py", "--model", "tiny", "--folder", str(folder), *sizes)
+    return train_tiny(tmp_path_factory.mktemp("random"), gpu=True)
 
 
+@pytest.fixture(scope="module")
+def output_without_gpu(training_output, tmp_path_factory) -> str:
+    return train_tiny(tmp_path_factory.mktemp("cpu"), gpu=False) if torch.cuda.is_available() else training_output
+
+
+@whole
 def test_every_way_of_the_loss_has_its_time_and_memory(loss_output):
     rows, _ = read_tables(loss_output)
     torch_ce = hasattr(torch.nn.functional, "linear_cross_entropy")
@@ -71,13 +95,26 @@ def test_every_way_of_the_loss_has_its_time_and_memory(loss_output):
         assert number(loss) > 0 and number(seconds) > 0 and number(megabytes) > 0
 
 
-def test_the_ways_compared_compute_the_same_loss(loss_output):
-    losses = [number(row[0]) for row in read_tables(loss_output)[0].values()]
+def assert_same_losses(losses: list[float]) -> None:
+    """The first two have both terms, the others the plain one alone."""
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2:] == pytest.approx([losses[2]] * len(losses[2:]), rel=1e-4)
     assert losses[0] > losses[2]
 
 
+@whole
+def test_the_ways_compared_show_the_same_loss(loss_output):
+    assert_same_losses([number(row[0]) for row in read_tables(loss_output)[0].values()])
+
+
+def test_the_ways_compared_compute_the_same_loss(load):
+    loss = load("loss")
+    data = loss.make_data(tokens=64, supervised=16, hidden=16, vocabulary=256, dtype="float32", device="cpu")
+    options = Namespace(tokens=64, repeats=1, supervised=0.2, hidden=8, vocabulary=256, dtype="float32")
+    assert_same_losses([loss.step(variant, **data) for variant in loss.Comparison(options).variants])
+
+
+@whole
 def test_a_ratio_stands_beside_its_bar_and_whether_it_is_kept(loss_output):
     ours = read_tables(loss_output)[0]["cot_raft_loss"]
     for cell, bar in ((ours[2], 0.3), (ours[4], 0.05)):
@@ -85,6 +122,7 @@ def test_a_ratio_stands_beside_its_bar_and_whether_it_is_kept(loss_output):
         assert cell.endswith(f"(bar {bar}: {kept})")
 
 
+@whole
 @on_linux
 def test_memory_grows_with_the_length_in_the_plain_way_only(loss_output):
     lengths = read_tables(loss_output)[1]
@@ -101,6 +139,7 @@ def test_the_plain_way_is_not_run_where_it_would_not_fit(load):
     assert comparison.too_large(10**9).startswith("not run: needs 4096.0 GB")
 
 
+@whole
 def test_training_reports_time_and_memory_of_every_way(training_output):
     (rows,) = read_tables(training_output)
     plain, ours, _ = rows.values()
@@ -112,17 +151,24 @@ def test_training_reports_time_and_memory_of_every_way(training_output):
     assert number(plain[6]) == 1 and 0 < number(ours[6]) < 1
 
 
-@without_gpu
-def test_training_without_a_gpu_says_what_is_missing_and_goes_on(training_output):
-    (rows,) = read_tables(training_output)
+def test_a_step_of_training_has_its_time_and_memory_with_either_loss(load, tmp_path):
+    train_gpu = load("train_gpu")
+    train_gpu.write_checkpoint("tiny", str(tmp_path))
+    plain, ours = (train_gpu.train(variant, str(tmp_path), 256, 51, 1) for variant in ("plain", "transformers"))
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert all(figures["seconds"] > 0 and 0 < figures["loaded"] <= figures["peak"] for figures in (plain, ours))
+
+
+@whole
+def test_training_without_a_gpu_says_what_is_missing_and_goes_on(output_without_gpu):
+    (rows,) = read_tables(output_without_gpu)
     assert rows["Unsloth, cot_raft_loss"][0] == "failed"
-    assert training_output.rstrip().splitlines()[-1].startswith("Unsloth, cot_raft_loss: Runtime")
+    assert output_without_gpu.rstrip().splitlines()[-1].startswith("Unsloth, cot_raft_loss: Runtime")
     assert [row[-2:] for row in rows.values()][:2] == [["no GPU"] * 2] * 2
 
 
-@without_gpu
 def test_a_large_model_without_a_gpu_is_refused_with_a_way_out():
-    done = subprocess.run([sys.executable, BENCHMARKS / "train_gpu.py"], capture_output=True, text=True)
+    done = start("train_gpu.py", gpu=False)
     assert done.returncode == 2 and "--model tiny does not" in done.stderr
 
 
@@ -185,34 +231,136 @@ def test_a_child_answers_or_says_why_it_does_not(measure, tmp_path, body, why):
     assert measure.in_child(script, {}) == why
 
 
-@pytest.fixture(scope="module")
-def judging_output() -> str:
-    return run("judge.py", "--smallest")
+@whole
+@on_linux
+def test_both_ways_of_the_export_have_their_times_and_memory():
+    ways, layers = read_tables(run("export.py", "--smallest"))
+    assert list(ways) == ["plain: load all, merge_and_unload", "merge_adapter"]
+    for merge, _, rest, whole, _, megabytes, _ in ways.values():
+        assert abs(number(whole) - number(merge) - number(rest)) < 0.11
+        assert number(rest) > 0 and number(megabytes) > 0
+    ours = ways["merge_adapter"]
+    for cell, bar in ((ours[1], 0.8), (ours[4], 1), (ours[6], 0.35)):
+        kept = "ok" if number(cell) <= bar else "MISSED"
+        assert cell.endswith(f"(bar {bar}: {kept})")
+    assert list(layers) == ["4", "8"]
 
 
-def test_every_way_of_judging_has_its_speed_and_memory(judging_output):
-    speeds, _ = read_tables(judging_output)
+@on_linux
+def test_either_way_of_a_merge_has_its_time_and_memory(load, tmp_path):
+    export = load("export")
+    shape = {**export.SHAPE, **export.SMALLEST, "num_hidden_layers": 1}
+    assert export.make_seed(str(tmp_path), shape)["weights"] > 0
+    for way in (export.PLAIN, export.OURS):
+        figures = export.export(way, str(tmp_path), whole=False)
+        assert figures["merge"] > 0 and figures["rest"] >= 0
+        # Of so small a merge, nothing may show in a process that has had more before.
+        assert figures["bytes"] >= 0
+
+
+@on_linux
+def test_the_peak_of_a_merge_counts_what_was_given_back_but_no_mapped_file(load, measure, tmp_path):
+    (tmp_path / "mapped").write_bytes(b"x" * (100 * measure.MB))
+    with load("export").AnonymousPeak() as peak:
+        held = b"x" * (200 * measure.MB)
+        time.sleep(0.5)
+        del held
+        with open(tmp_path / "mapped", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert mapped.find(b"y") == -1
+    assert 190 * measure.MB < peak.bytes < 250 * measure.MB
+
+
+# A processor with AMX can't show what one without it does, as it would crash.
+@pytest.fixture(scope="module", params=sorted({has_amx(), True}), ids=lambda amx: f"AMX {amx}")
+def judging(request) -> tuple[bool, str]:
+    """Whether the processor has AMX, or says so, and what the benchmark prints there."""
+    with pytest.MonkeyPatch.context() as patches, redirect_stdout(io.StringIO()) as output:
+        patches.syspath_prepend(str(BENCHMARKS))
+        judge = importlib.import_module("judge")
+        patches.setattr(judge, "has_amx", lambda: request.param)
+        judge.main(["--smallest"])
+    return request.param, output.getvalue()
+
+
+@whole
+def test_every_way_of_judging_has_its_speed_and_memory(judging):
+    amx, output = judging
+    speeds, _ = read_tables(output)
     assert len(speeds) == 7
-    for n_cot, items, written, per_minute, _, peak in speeds.values():
+    missing = {name: row[1] for name, row in speeds.items() if row[-1] == ""}
+    assert missing == ({"ours, the same, repacked": "crashes with AMX"} if amx else {})
+    for name in speeds.keys() - missing.keys():
+        n_cot, items, written, per_minute, _, peak = speeds[name]
         assert n_cot in ("1", "8") and number(items) >= 1
         assert 0 < number(written) <= 8 and number(per_minute) > 0 and number(peak) > 0
 
 
-def test_a_speed_stands_beside_its_bar_and_whether_it_is_kept(judging_output):
-    speeds, _ = read_tables(judging_output)
-    for row, bar in zip((row for row in speeds.values() if "bar" in row[4]), (1.5, 2.5, 2.5)):
+@whole
+def test_a_speed_stands_beside_its_bar_and_whether_it_is_kept(judging):
+    speeds, _ = read_tables(judging[1])
+    with_bars = [row for row in speeds.values() if "bar" in row[4]]
+    for row, bar in zip(with_bars, (1.5, 2.5, 2.5), strict=True):
         plain = next(r for name, r in speeds.items() if "llama" in name and r[0] == row[0])
         faster = number(row[3]) / number(plain[3])
         assert number(row[4]) == pytest.approx(faster, abs=0.01)
         assert row[4].endswith(f"(bar {bar}: {'ok' if faster >= bar else 'MISSED'})")
 
 
-def test_the_memory_of_the_engine_is_held_against_its_parts(judging_output):
-    _, memory = read_tables(judging_output)
-    assert len(memory) == 4
+@whole
+def test_the_memory_of_the_engine_is_held_against_its_parts(judging):
+    amx, output = judging
+    _, memory = read_tables(output)
+    assert len(memory) == 4 - amx
     for file, cache, repacked, allowed, peak in memory.values():
         assert number(file) > 0 and number(cache) > 0
         parts = number(file) + number(cache) + number(repacked) + 300
         assert number(allowed) == pytest.approx(parts, abs=2)
         assert peak.endswith("(ok)" if number(peak) <= number(allowed) else "(MISSED)")
-    assert sum(number(row[2]) > 0 for row in memory.values()) == 1
+    assert sum(number(row[2]) > 0 for row in memory.values()) == 1 - amx
+
+
+@pytest.fixture(scope="module")
+def path(shared_once) -> Path:
+    return shared_once("plain_judge", make_plain_judge) / "judge.gguf"
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_llama_cpp_python_s_own_model_is_loaded_as_it_comes_but_not_repacked_with_amx(load, path, monkeypatch, amx):
+    asked, load_model = [], llama_cpp.llama_cpp.llama_model_load_from_file
+
+    def spy(path, params):
+        asked.append(params.use_extra_bufts)
+        return load_model(path, params)
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_load_from_file", spy)
+    load("judge").open_llama(str(path), 64, 1, read_spec(path), amx).close()
+    by_default = llama_cpp.llama_model_default_params().use_extra_bufts
+    assert asked == [by_default and not amx] and by_default
+
+
+@pytest.mark.parametrize("function", ["plain", "logprobs", "ours"])
+def test_each_way_judges_with_and_without_amx(load, path, function):
+    judge = load("judge")
+    way = judge.Way("this", function)
+    for amx in (True, False):
+        figures = judge.judge(
+            judge.asdict(way), {"prompt": 20, "shared": 10, "reasoning": 4}, 300, str(path), 2, 1, 2, amx
+        )
+        assert 0 < figures["written"] <= 4 and figures["seconds"] > 0 and figures["peak"] > figures["file"] > 0
+        assert function != "ours" or any("KV" in name for name in figures["buffers"])
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_the_repacked_way_is_left_out_with_amx_and_asked_for_without(load, path, monkeypatch, amx):
+    judge, jobs = load("judge"), []
+    result = {"seconds": 1.0, "written": 8.0, "peak": 9, "file": 1, "buffers": {"CPU KV": 2.0}}
+    monkeypatch.setattr(judge, "has_amx", lambda: amx)
+    monkeypatch.setattr(judge, "in_child", lambda _, job: jobs.append(job) or result)
+    comparison = judge.Comparison(Namespace(smallest=True, parallel=8, threads=1))
+    results = {way: comparison.measure(way, path) for way in judge.WAYS}
+    assert [job["amx"] for job in jobs] == [amx] * (7 - amx)
+    assert sum(job["way"]["repack"] for job in jobs) == 1 - amx
+    speeds, memory = read_tables(f"{comparison.speed_table(results)}\n\n{comparison.memory_table(results)}")
+    assert len(speeds) == 7 and len(memory) == 4 - amx
+    assert (speeds["ours, the same, repacked"][1] == "crashes with AMX") == amx
+    assert sum("bar" in row[4] for row in speeds.values()) == 3

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tiny import SHARED, VOCABULARIES, load_tokenizer
+from tiny import SHARED, VOCABULARIES, load_tokenizer, make_sentences
 
-from tract_lite.data.records import read_records
+from tract_lite.data.records import read_records, records_from
 from tract_lite.loss import IGNORE_INDEX
 from tract_lite.prompt import cut_reasoning, prompt_ids
 from tract_lite.record import Record, Rubric
@@ -15,6 +15,7 @@ from tract_lite.spec import MARKER, make_spec
 from tract_lite.training.encode import Unusable, collate, encode_record, encode_records
 from tract_lite.vocabulary import TransformersVocabulary
 
+VICUNA = SHARED / "data" / "vicuna_eval.json"
 RECORD = Record(
     "Add 2 and 2.",
     "It is 4.",
@@ -66,7 +67,7 @@ def test_specials_in_a_record_never_move_the_score_position(name):
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(), max_size=40), st.text(st.characters(), min_size=1, max_size=40))
 def test_any_text_is_encoded_or_refused_with_a_reason(response, feedback):
-    spec, vocabulary = load("qwen2")
+    spec, vocabulary = load("split digits")
     try:
         example = encode_record(replace(RECORD, response=response, feedback=feedback), spec, vocabulary)
     except Unusable as reason:
@@ -82,7 +83,7 @@ def test_lone_surrogates_do_not_stop_training(name):
 
 
 def test_a_reasoning_given_as_ids_is_taken_as_it_is():
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     ids = tuple(vocabulary.encode("an odd")[::-1])
     example = encode_record(replace(RECORD, feedback_ids=ids), spec, vocabulary)
     start = example.prompt_length
@@ -92,7 +93,7 @@ def test_a_reasoning_given_as_ids_is_taken_as_it_is():
 
 @pytest.mark.parametrize("score, label", [(1, 0), (2.4, 1), (2.5, 1), (2.6, 2), (5, 4)])
 def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score, label):
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     example = encode_record(replace(RECORD, score=score), spec, vocabulary)
     assert example.target == score
     assert example.ids[example.score_position] == spec.label_ids[label]
@@ -112,7 +113,7 @@ def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score,
     ],
 )
 def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reason):
-    spec, vocabulary = load("trained", max_length=600)
+    spec, vocabulary = load("spm", max_length=600)
     bad = replace(RECORD, **fields)
     examples, dropped = encode_records([bad, RECORD, bad], spec, vocabulary)
     assert len(examples) == 1
@@ -120,7 +121,7 @@ def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reaso
 
 
 def test_a_sequence_that_just_fits_is_kept_whole():
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     length = len(encode_record(RECORD, spec, vocabulary).ids)
     assert len(encode_record(RECORD, replace(spec, max_length=length), vocabulary).ids) == length
     with pytest.raises(Unusable, match="longer"):
@@ -128,7 +129,7 @@ def test_a_sequence_that_just_fits_is_kept_whole():
 
 
 def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     short, long = (encode_record(replace(RECORD, response=r), spec, vocabulary) for r in ("x", "x" * 9))
     batch = collate([short, long], pad_id=7)
     n, longest = len(short.ids), len(long.ids)
@@ -141,11 +142,30 @@ def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
     assert batch["targets"].dtype == torch.float32
 
 
-def test_all_pairs_of_a_real_benchmark_are_encoded():
-    spec, vocabulary = load("qwen2", max_length=3000)
-    pairs = [pair for record in read_records(SHARED / "data" / "vicuna_eval.json") for pair in record.pairs()]
+def check_all_pairs_are_encoded(records, name, count):
+    spec, vocabulary = load(name, max_length=3000)
+    pairs = [pair for record in records for pair in record.pairs()]
     examples, dropped = encode_records(pairs, spec, vocabulary)
-    assert (len(pairs), len(examples), dropped) == (960, 960, {})
-    for pair, example in zip(pairs[::97], examples[::97]):
+    assert (len(pairs), len(examples), dropped) == (count, count, {})
+    for pair, example in zip(pairs[:: count // 10], examples[:: count // 10]):
         written = vocabulary.decode(example.ids[example.prompt_length : example.score_position])
-        assert written == f"{pair.feedback.strip()} {MARKER} "
+        assert written.strip() == f"{pair.feedback.strip()} {MARKER}"
+
+
+@everywhere
+def test_every_annotator_s_pair_of_a_benchmark_is_encoded(name):
+    sentences = make_sentences(60)
+    rows = [
+        {
+            "instruction": f"###Task Description: {text}\n###Feedback: ",
+            "gpt4_feedback": sentences[n + 20 : n + 23],
+            "gpt4_score": [1 + n % 5, 3, 5],
+        }
+        for n, text in enumerate(sentences[:20])
+    ]
+    check_all_pairs_are_encoded(records_from(rows), name, 60)
+
+
+@pytest.mark.skipif(not VICUNA.is_file() or "qwen2" not in VOCABULARIES, reason="no real data here")
+def test_all_pairs_of_a_real_benchmark_are_encoded():
+    check_all_pairs_are_encoded(read_records(VICUNA), "qwen2", 960)

@@ -5,29 +5,33 @@ from pathlib import Path
 
 import pytest
 
-from tract_lite.data.jsonl import append_rows, keep_rows, read_rows, write_json, write_rows
+from tract_lite.data.jsonl import append_row, read_json, read_lines, read_rows, write_json, write_rows
 
 ROOT = Path(__file__).parents[1]
+
+
+def append_all(path, rows):
+    return [append_row(path, row) for row in rows]
 
 
 def test_rows_are_read_back_in_order_over_several_calls(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"id": "a", "text": "line\nbreak\u2028 naïve"}, {"id": "b", "score": None}, {}]
-    append_rows(path, rows[:1])
-    append_rows(path, iter(rows[1:]))
-    assert read_rows(path) == rows
+    for number, row in enumerate(rows):
+        append_row(path, row)
+        assert read_rows(path) == rows[: number + 1]
     assert len(path.read_bytes().splitlines()) == 3
 
 
-def test_a_row_is_in_the_file_before_the_next_one_is_made(tmp_path):
+def test_a_row_s_place_is_where_its_line_begins(tmp_path):
     path = tmp_path / "rows.jsonl"
-
-    def rows():
-        for number in range(3):
-            yield {"id": number}
-            assert read_rows(path)[-1] == {"id": number}
-
-    append_rows(path, rows())
+    path.write_bytes(b'{"id": 0}\n{"id": "unfin')
+    rows = [{"id": "ä"}, {"id": "b", "text": "x" * 99}, {"id": "c"}]
+    places = append_all(path, rows)
+    content = path.read_bytes()
+    assert places[0] == 10
+    assert [json.loads(content[place:].partition(b"\n")[0]) for place in places] == rows
+    assert b"".join(line for line, _ in read_lines(path)) == content
 
 
 def test_an_unfinished_last_line_is_not_read_and_is_cut_before_rows_are_added(tmp_path):
@@ -35,7 +39,7 @@ def test_an_unfinished_last_line_is_not_read_and_is_cut_before_rows_are_added(tm
     path.write_text('{"id": 1}\n{"id": 2, "te', encoding="utf-8")
     assert read_rows(path) == [{"id": 1}]
     assert path.read_text().endswith("te")
-    append_rows(path, [{"id": 3}])
+    append_row(path, {"id": 3})
     assert path.read_text() == '{"id": 1}\n{"id": 3}\n'
 
 
@@ -44,10 +48,10 @@ def test_only_the_unfinished_line_is_cut_however_long_it_is(tmp_path, size):
     path = tmp_path / "rows.jsonl"
     whole = b'{"id": 1, "text": "%s"}\n' % (b"a" * 2**17)
     path.write_bytes(whole + b'{"id": 2' + b"b" * size)
-    append_rows(path, [])
-    assert path.read_bytes() == whole
+    assert append_row(path, {"id": 4}) == len(whole)
+    assert path.read_bytes() == whole + b'{"id": 4}\n'
     path.write_bytes(b'{"id": 2' + b"b" * size)
-    append_rows(path, [{"id": 3}])
+    append_row(path, {"id": 3})
     assert path.read_bytes() == b'{"id": 3}\n'
 
 
@@ -55,26 +59,15 @@ def test_a_row_that_can_t_be_written_whole_is_taken_back(tmp_path):
     """A limit on the size of files stands for a full disk."""
     path = tmp_path / "rows.jsonl"
     code = (
-        "import resource, sys; from tract_lite.jsonl import append_rows\n"
+        "import resource, sys; from tract_lite.data.jsonl import append_row\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "append_rows(sys.argv[1], ({'id': n, 'text': 'x' * 20} for n in range(9)))"
+        "for n in range(9): append_row(sys.argv[1], {'id': n, 'text': 'x' * 20})"
     )
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines()[-1].startswith("OSError")
     assert read_rows(path) == [{"id": n, "text": "x" * 20} for n in range(2)]
     assert path.read_bytes().endswith(b"\n")
-
-
-def test_rows_that_are_kept_stay_as_they_are_and_the_others_go(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"id":1 , "x": 0.10}\n{"id": 2}\n{"id": 3}\n{"id": 4')
-    keep_rows(path, lambda row: row["id"] != 2)
-    assert path.read_bytes() == b'{"id":1 , "x": 0.10}\n{"id": 3}\n'
-    with pytest.raises(KeyError):
-        keep_rows(path, lambda row: row["x"])
-    assert path.read_bytes() == b'{"id":1 , "x": 0.10}\n{"id": 3}\n'
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_whole_file_is_replaced_at_once_and_kept_if_a_row_fails(tmp_path):
@@ -92,12 +85,13 @@ def test_a_whole_file_is_replaced_at_once_and_kept_if_a_row_fails(tmp_path):
     assert read_rows(path) == [{"id": 3}, {"id": 4}] and list(tmp_path.iterdir()) == [path]
 
 
-def test_no_file_has_no_rows(tmp_path):
+def test_no_file_has_no_rows_and_no_object(tmp_path):
     assert read_rows(tmp_path / "none.jsonl") == []
+    assert read_json(tmp_path / "none.json") == {}
 
 
 def test_a_lone_surrogate_survives(tmp_path):
-    append_rows(tmp_path / "rows.jsonl", [{"text": "half \ud83d"}])
+    append_row(tmp_path / "rows.jsonl", {"text": "half \ud83d"})
     assert read_rows(tmp_path / "rows.jsonl") == [{"text": "half \ud83d"}]
 
 
@@ -118,5 +112,5 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
         write_json(path, {"kept": object()})
     assert json.loads(path.read_text()) == {"kept": 1} and list(tmp_path.iterdir()) == [path]
     write_json(path, {"kept": 2})
-    assert json.loads(path.read_text()) == {"kept": 2}
+    assert json.loads(path.read_text()) == read_json(path) == {"kept": 2}
     assert list(tmp_path.iterdir()) == [path]

@@ -34,7 +34,7 @@ class FixedEngine(WritingEngine):
 
 
 def make_engine(kind=WritingEngine, *arguments):
-    tokenizer = load_tokenizer("trained")
+    tokenizer = load_tokenizer("spm")
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5))
     return kind(spec, TransformersVocabulary(tokenizer), *arguments)
 

@@ -1,8 +1,9 @@
 import copy
+import re
 from dataclasses import replace
 
 import pytest
-from tiny import VOCABULARIES, load_tokenizer
+from tiny import TRAINED, VOCABULARIES, load_tokenizer
 
 from tract_lite.prompt import Reasoning, cut_reasoning, prompt_ids, reasoning_text, render
 from tract_lite.record import Record, Rubric
@@ -18,7 +19,11 @@ LLAMA3 = (
     "<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>{% endfor %}"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
+# Those whose tokenizers bring a chat template, and the start tokens of the others.
+CHATTING = tuple(name for name in VOCABULARIES if name in ("split digits", "qwen2"))
+STARTS = {"llama-bpe": [128000], "llama-spm": [1], "spm": [1]}
 everywhere = pytest.mark.parametrize("name", VOCABULARIES)
+chatting = pytest.mark.parametrize("name", CHATTING)
 
 
 def load(name: str, **fields):
@@ -26,9 +31,11 @@ def load(name: str, **fields):
     return make_spec(tokenizer, SCALE, **fields), TransformersVocabulary(tokenizer)
 
 
-def with_chat_template(name: str, template: str):
+def with_chat_template(name: str, template: str, **specials: str | list[str]):
+    """The tokenizer with another chat template, and with special tokens added to its own."""
     tokenizer = copy.deepcopy(load_tokenizer(name))
     tokenizer.chat_template = template
+    tokenizer.add_special_tokens(specials)
     return tokenizer
 
 
@@ -36,8 +43,9 @@ def special_ids(ids, vocabulary) -> list[int]:
     return [i for i in ids if i in set(vocabulary.specials.values())]
 
 
-@pytest.mark.parametrize("name, start", [("gpt-2", []), ("llama-bpe", [128000]), ("llama-spm", [1]), ("trained", [1])])
-def test_a_tokenizer_without_chat_template_gets_its_start_token_and_the_bare_prompt(name, start):
+@pytest.mark.parametrize("name", [name for name in VOCABULARIES if name not in CHATTING])
+def test_a_tokenizer_without_chat_template_gets_its_start_token_and_the_bare_prompt(name):
+    start = STARTS.get(name, [])
     spec, vocabulary = load(name)
     ids = prompt_ids(RECORD, spec, vocabulary)
     assert ids[: len(start)] == start
@@ -45,22 +53,28 @@ def test_a_tokenizer_without_chat_template_gets_its_start_token_and_the_bare_pro
     assert vocabulary.decode(ids).strip() == render(RECORD, spec).strip()
 
 
-def test_a_chat_template_gives_each_of_its_special_ids_once():
-    spec, vocabulary = load("qwen2")
+@chatting
+def test_a_chat_template_gives_each_of_its_special_ids_once(name):
+    spec, vocabulary = load(name)
     ids = prompt_ids(RECORD, spec, vocabulary)
-    start, end = 151644, 151645
-    assert special_ids(ids, vocabulary) == [start, end, start, end, start]
+    start, end = (vocabulary.specials[f"<|im_{side}|>"] for side in ("start", "end"))
+    # The real one adds a system message.
+    messages = 2 if name == "qwen2" else 1
+    assert special_ids(ids, vocabulary) == [start, end] * messages + [start]
 
 
-def test_a_prompt_in_chat_format_is_what_the_tokenizer_itself_would_give():
-    spec, vocabulary = load("qwen2")
+@chatting
+def test_a_prompt_in_chat_format_is_what_the_tokenizer_itself_would_give(name):
+    spec, vocabulary = load(name)
     message = [{"role": "user", "content": render(RECORD, spec)}]
     theirs = vocabulary.tokenizer.apply_chat_template(message, add_generation_prompt=True)
     assert prompt_ids(RECORD, spec, vocabulary) == list(theirs["input_ids"])
 
 
-def test_a_chat_template_that_writes_the_start_token_gives_it_once():
-    tokenizer = with_chat_template("llama-bpe", LLAMA3)
+@pytest.mark.parametrize("name", [name for name in VOCABULARIES if name in ("merged digits", "llama-bpe")])
+def test_a_chat_template_that_writes_the_start_token_gives_it_once(name):
+    known = re.findall(r"<\|\w+\|>", LLAMA3)
+    tokenizer = with_chat_template(name, LLAMA3, bos_token="<|begin_of_text|>", additional_special_tokens=known)
     vocabulary = TransformersVocabulary(tokenizer)
     ids = prompt_ids(RECORD, make_spec(tokenizer, SCALE), vocabulary)
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
@@ -76,7 +90,7 @@ def test_a_chat_template_that_writes_the_start_token_gives_it_once():
 )
 def test_a_chat_template_that_changes_the_message_is_refused(template):
     with pytest.raises(ValueError, match="once and unchanged"):
-        make_spec(with_chat_template("trained", template), SCALE)
+        make_spec(with_chat_template("spm", template), SCALE)
 
 
 @everywhere
@@ -97,20 +111,20 @@ def test_lone_surrogates_are_read_as_the_replacement_character(name):
 
 
 def test_braces_in_a_record_are_no_template():
-    spec, _ = load("trained")
+    spec, _ = load("spm")
     text = render(replace(RECORD, instruction="{{ 7 * 7 }} {% if %} {# x #}"), spec)
     assert "{{ 7 * 7 }} {% if %} {# x #}" in text
 
 
 def test_a_ready_prompt_is_asked_as_it_stands():
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     record = Record(prompt="Is {{ this }} {prompt} good?\n")
     assert render(record, spec) == record.prompt
     assert prompt_ids(record, spec, vocabulary) == [1, *vocabulary.encode(record.prompt)]
 
 
 def test_reference_and_descriptions_are_optional():
-    spec, _ = load("trained")
+    spec, _ = load("spm")
     full = render(replace(RECORD, reference="4, of course."), spec)
     bare = render(Record("Add.", "4", Rubric("Is it right?")), spec)
     assert "Reference" in full and "4, of course." in full and "Score 5: Yes." in full
@@ -118,19 +132,19 @@ def test_reference_and_descriptions_are_optional():
 
 
 def test_a_record_that_lacks_what_the_template_asks_for_is_refused():
-    spec, _ = load("trained")
+    spec, _ = load("spm")
     with pytest.raises(ValueError, match="rubric"):
         render(Record("Add.", "4"), spec)
 
 
 def test_a_template_that_asks_for_no_rubric_needs_none():
-    spec, _ = load("trained", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}")
+    spec, _ = load("spm", template="{% if rubric %}{{ rubric.criteria }} {% endif %}{{ response }}")
     assert render(Record("Add.", "4"), spec) == "4"
     assert render(RECORD, spec) == "Is it right? It is 4."
 
 
 def test_the_prompt_names_the_marker_and_every_label():
-    spec, _ = load("trained")
+    spec, _ = load("spm")
     assert f'"{MARKER}" and one of these scores: 1, 2, 3, 4, 5.' in render(RECORD, spec)
 
 
@@ -217,22 +231,36 @@ def test_the_end_token_ends_a_reasoning_and_is_no_part_of_it(name):
     assert cut_reasoning([*reasoning, spec.eos_id, 5, 5], spec, vocabulary) == (reasoning, True)
 
 
-def test_a_chat_model_may_end_its_reasoning_with_another_special_token():
-    spec, vocabulary = load("qwen2")
+@chatting
+def test_a_chat_model_may_end_its_reasoning_with_another_special_token(name):
+    _, vocabulary = load(name)
     end_of_turn = vocabulary.specials["<|im_end|>"]
+    tokenizer = with_chat_template(name, load_tokenizer(name).chat_template, eos_token="<|endoftext|>")
+    spec, vocabulary = make_spec(tokenizer, SCALE), TransformersVocabulary(tokenizer)
     assert end_of_turn != spec.eos_id
     ids = vocabulary.encode("It is right.")
     assert cut_reasoning([*ids, end_of_turn, *ids], spec, vocabulary) == (ids, True)
 
 
 def test_a_reasoning_without_an_end_is_not_complete():
-    spec, vocabulary = load("trained")
+    spec, vocabulary = load("spm")
     ids = vocabulary.encode("So the overall score")
     assert cut_reasoning(ids, spec, vocabulary) == (ids, False)
 
 
-def test_a_reasoning_tells_at_once_that_it_is_complete():
-    spec, vocabulary = load("llama-spm")
-    reasoning = Reasoning(spec, vocabulary)
-    answers = [reasoning.add(token) for token in [*vocabulary.encode("Good."), *spec.marker_ids[:-1]]]
-    assert answers == [False] * (len(answers) - 1) + [True]
+@everywhere
+def test_a_reasoning_tells_at_once_that_it_is_complete(name):
+    spec, vocabulary = load(name)
+    reasoning, written = Reasoning(spec, vocabulary), vocabulary.encode("Good.")
+    answers = [reasoning.add(token) for token in [*written, *spec.marker_ids]]
+    first = answers.index(True)
+    assert vocabulary.decode([*written, *spec.marker_ids][: first + 1]).strip() == f"Good. {MARKER}"
+    assert vocabulary.decode(written + list(spec.marker_ids[: first - len(written)])).strip() != f"Good. {MARKER}"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_marker_whose_first_token_is_its_space_alone_is_cut_whole(name):
+    spec, vocabulary = load(name, marker="Ωmega ☃:")
+    reasoning = vocabulary.encode("It names 4 steps.")
+    assert vocabulary.decode(spec.marker_ids[:1]).strip() == ""
+    assert cut_reasoning([*reasoning, *spec.marker_ids, spec.label_ids[0]], spec, vocabulary) == (reasoning, True)

@@ -39,12 +39,6 @@ def test_a_label_that_is_not_reported_is_no_likelier_than_the_least_that_is():
     assert reading.error_bound == pytest.approx(2 * 0.01 * 4)
 
 
-def test_where_texts_are_shared_any_label_may_lack_what_is_missing():
-    top = [(str(token), value) for token, value in pairs({10: 0.5, 11: 0.2, 12: 0.1, 13: 0.1, 14: 0.02})]
-    reading = read_top_log_probabilities(top, [*map(str, LABELS)], VALUES, distinct=False)
-    assert reading.error_bound == pytest.approx(0.08 * 5)
-
-
 @given(
     st.lists(st.floats(-12, 12), min_size=20, max_size=20),
     st.integers(1, 20),
@@ -53,10 +47,9 @@ def test_where_texts_are_shared_any_label_may_lack_what_is_missing():
 def test_the_exact_score_lies_within_the_bound(logits, count, values):
     logits = np.array(logits)
     exact = expected_score(np.exp(label_log_probabilities(logits, LABELS)), values)
-    for distinct in (True, False):
-        reading = read_top_log_probabilities(top_of(logits, count), LABELS, values, distinct=distinct)
-        score = expected_score(np.exp(reading.label_log_probabilities), values)
-        assert abs(score - exact) <= reading.error_bound + 1e-9
+    reading = read_top_log_probabilities(top_of(logits, count), LABELS, values)
+    score = expected_score(np.exp(reading.label_log_probabilities), values)
+    assert abs(score - exact) <= reading.error_bound + 1e-9
 
 
 @pytest.mark.parametrize(

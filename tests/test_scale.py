@@ -1,13 +1,15 @@
 import math
 
 import pytest
-from tiny import VOCABULARIES, load_tokenizer
+from tiny import TRAINED, VOCABULARIES, load_tokenizer
 
 from tract_lite.scale import ScoreScale, find_score_tokens
 from tract_lite.spec import MARKER
 from tract_lite.vocabulary import TransformersVocabulary
 
-WORDS = {"trained": ("wrong", "short", "clear")}
+# Where ten is one token, and where a label's token begins with its space.
+WHOLE_TEN = {"gpt-2", "llama-bpe", "merged digits", "space and digit"}
+SPACED = {"gpt-2", "space and digit"}
 everywhere = pytest.mark.parametrize("name", VOCABULARIES)
 
 
@@ -31,26 +33,26 @@ def test_marker_and_labels_are_the_tokens_of_the_written_text(name):
 def test_a_label_is_a_bare_digit_except_where_the_vocabulary_merges_the_space(name):
     vocabulary = vocabulary_of(name)
     tokens = find_score_tokens(vocabulary, MARKER, ScoreScale.integers(1, 5))
-    space = "Ġ" if name == "gpt-2" else ""
+    space = "Ġ" if name in SPACED else ""
     assert vocabulary.pieces(tokens.labels) == [f"{space}{n}" for n in range(1, 6)]
 
 
 @everywhere
 def test_word_labels_are_found(name):
     vocabulary = vocabulary_of(name)
-    words = WORDS.get(name, ("poor", "fair", "good"))
+    words = ("wrong", "short", "clear") if name in TRAINED else ("poor", "fair", "good")
     tokens = find_score_tokens(vocabulary, MARKER, ScoreScale(words, (0.0, 0.5, 1.0)))
     assert [vocabulary.decode([i]).strip() for i in tokens.labels] == list(words)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("name", sorted(WHOLE_TEN & set(VOCABULARIES)))
 def test_ten_is_a_label_where_it_is_one_token(name):
     vocabulary = vocabulary_of(name)
     tokens = find_score_tokens(vocabulary, MARKER, ScoreScale.integers(1, 10))
     assert vocabulary.decode(tokens.labels[-1:]).strip() == "10"
 
 
-@pytest.mark.parametrize("name", ["llama-spm", "qwen2", "trained"])
+@pytest.mark.parametrize("name", sorted(set(VOCABULARIES) - WHOLE_TEN))
 def test_ten_is_refused_where_it_is_two_tokens_and_scales_that_fit_are_named(name):
     with pytest.raises(ValueError, match="'10': .*'1', '0'.*scales that fit: 0 to 9, 1 to 5"):
         find_score_tokens(vocabulary_of(name), MARKER, ScoreScale.integers(1, 10))
@@ -85,6 +87,27 @@ def test_a_scale_that_is_none_is_refused(labels, values):
 
 def test_integers_include_both_ends():
     assert ScoreScale.integers(0, 2) == ScoreScale(("0", "1", "2"), (0.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "text, low, high",
+    [
+        ("1-5", 1, 5),
+        ("0-10", 0, 10),
+        ("-2-2", -2, 2),
+        ("-5--1", -5, -1),
+        ("+1-+3", 1, 3),
+        (" 1 - 5 ", 1, 5),
+    ],
+)
+def test_a_scale_is_read_from_its_lowest_and_highest_score(text, low, high):
+    assert ScoreScale.parse(text) == ScoreScale.integers(low, high)
+
+
+@pytest.mark.parametrize("text", ["", "5", "1-", "-5", "1-1", "5-1", "-1--5", "1-5-9", "a-b", "1.5-3", "1,5", "1--", "1\n5"])
+def test_a_text_that_names_no_scale_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match="can't be read: give its lowest and highest score, as in 1-5"):
+        ScoreScale.parse(text)
 
 
 def test_the_nearest_label_is_the_lower_one_of_two_in_any_order_of_values():

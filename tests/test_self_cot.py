@@ -14,7 +14,7 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 
 def make_engine() -> WritingEngine:
-    tokenizer = load_tokenizer("trained")
+    tokenizer = load_tokenizer("spm")
     return WritingEngine(make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer))
 
 

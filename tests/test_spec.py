@@ -1,18 +1,19 @@
 import json
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 from tiny import VOCABULARIES, load_tokenizer
 
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import SPEC_FILE, JudgeSpec, Sampling, make_spec
+from tract_lite.spec import DEFAULT_TEMPLATE, SPEC_FILE, JudgeSpec, Sampling, make_spec
 from tract_lite.vocabulary import TransformersVocabulary
 
 
 @pytest.fixture(scope="module")
 def spec():
     return make_spec(
-        load_tokenizer("trained"),
+        load_tokenizer("spm"),
         ScoreScale.integers(1, 5),
         template="naïve {{ response }} 東京\n",
         sampling=Sampling(temperature=0.3),
@@ -38,6 +39,11 @@ def test_a_saved_spec_is_found_by_its_file_and_by_its_folder(spec, tmp_path):
 def test_a_folder_without_a_spec_is_refused_with_its_name(tmp_path):
     with pytest.raises(ValueError, match=SPEC_FILE):
         JudgeSpec.load(tmp_path)
+
+
+def test_the_default_template_is_a_file_of_the_package():
+    template = files("tract_lite").joinpath("template.jinja").read_text(encoding="utf-8")
+    assert make_spec(load_tokenizer("spm"), ScoreScale.integers(1, 5)).template == template == DEFAULT_TEMPLATE
 
 
 def test_a_newer_format_is_refused_with_a_way_out(spec):
@@ -82,4 +88,4 @@ def test_every_vocabulary_accepts_its_own_spec_and_no_other():
 def test_a_moved_label_is_refused(spec):
     moved = replace(spec, label_ids=(*spec.label_ids[1:], spec.label_ids[0]))
     with pytest.raises(ValueError, match="spell"):
-        moved.check_vocabulary(TransformersVocabulary(load_tokenizer("trained")))
+        moved.check_vocabulary(TransformersVocabulary(load_tokenizer("spm")))

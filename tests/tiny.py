@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,6 +35,9 @@ from transformers import (
 
 from tract_lite.engines.task import Sample
 from tract_lite.export.converter import llama_cpp_source
+from tract_lite.export.gguf import export_gguf
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import Sampling, make_spec
 
 # Real data and vocabularies, which come on top where they are.
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -340,3 +344,53 @@ def make_it_stop(folder: Path, end_id: int) -> Path:
         model.lm_head.weight[end_id, 0] = 0.8
     model.save_pretrained(folder)
     return folder
+
+
+def make_plain_judge(folder: Path) -> Path:
+    """A random Llama with a small SentencePiece vocabulary in `model`, and `judge.gguf` in float32.
+
+    Its marker is so short that a random model writes it now and then.
+    """
+    make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
+    make_spec(
+        AutoTokenizer.from_pretrained(folder / "model"),
+        ScoreScale.integers(1, 5),
+        marker="the",
+        max_length=256,
+        sampling=Sampling(max_new_tokens=60),
+    ).save(folder / "model")
+    return export_gguf(folder / "model", folder / "judge.gguf", "f32")
+
+
+def gguf_weights(path: Path) -> dict[str, np.ndarray]:
+    """The weights of a GGUF file by name; what is written into them is written into the file."""
+    gguf_py = str(llama_cpp_source() / "gguf-py")
+    if gguf_py not in sys.path:
+        sys.path.append(gguf_py)
+    import gguf
+
+    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
+
+
+def export_judge(name: str, model_dir: Path, out: Path) -> Path:
+    """Write a model folder with one of `VOCABULARIES` as GGUF in float32.
+
+    llama.cpp's converter knows the kind of a byte-level vocabulary from the ids of one text; of one
+    trained here it is told.
+    """
+    if name not in BYTE_LEVEL:
+        return export_gguf(model_dir, out, "f32")
+    source = llama_cpp_source()
+    script = "convert_hf_to_gguf.py"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
+        for path in source.iterdir():
+            if path.name != script:
+                Path(folder, path.name).symlink_to(path)
+        Path(folder, script).write_text(
+            "import runpy\n"
+            "from conversion.base import TextModel\n"
+            f"TextModel.get_vocab_base_pre = lambda self, tokenizer: {BYTE_LEVEL[name][0]!r}\n"
+            f"runpy.run_path({str(source / script)!r}, run_name='__main__')\n"
+        )
+        patches.setenv("LLAMA_CPP_DIR", folder)
+        return export_gguf(model_dir, out, "f32")

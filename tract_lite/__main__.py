@@ -242,6 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def console() -> None:
+    """The command `tract-lite`."""
+    sys.exit(main())
+
+
 def _flush_stdout() -> None:
     """Raises RuntimeError for what standard output can't take, and drops it.
 
@@ -255,4 +260,4 @@ def _flush_stdout() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -12,7 +12,7 @@ from typing import Any, Sequence
 
 from tract_lite.judge import Judge
 from tract_lite.record import Record
-from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.encode import Example, encode_training
 from tract_lite.training.seed_model import add_lora, open_seed_model
 from tract_lite.training.settings import TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer
@@ -42,9 +42,7 @@ def estimate_run(
     """
     model, tokenizer, spec = open_seed_model(**seed)
     model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
-    examples, dropped = encode_records(records, spec, TransformersVocabulary(tokenizer))
-    if not examples:
-        raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
+    examples, _ = encode_training(records, spec, TransformersVocabulary(tokenizer))
     with TemporaryDirectory() as folder:
         trainer = CotRaftTrainer(model, examples, spec, tokenizer, Path(folder), settings)
         stage = _stage_seconds(trainer)

@@ -106,9 +106,8 @@ class _CotRaft(torch.autograd.Function):
         ce = torch.zeros((), dtype=dtype, device=hidden.device)
         raft = torch.zeros_like(ce)
         expected = torch.empty_like(ce_weights)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
@@ -128,14 +127,14 @@ class _CotRaft(torch.autograd.Function):
                 ce += (ce_weight * (log_total - token_logits)).sum()
                 raft += (raft_weight * error.square()).sum()
                 expected[chunk] = y
-                if needs_hidden or needs_weight:
+                if any(ctx.needs_input_grad):
                     pull = 2 * scale * raft_weight * error
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
                     grad[:, ids] = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
                     grad.scatter_add_(1, token, -ce_weight[:, None])
-                    if needs_hidden:
+                    if grad_hidden is not None:
                         grad_hidden[chunk] = _project_back(grad, weight)
-                    if needs_weight:
+                    if grad_weight is not None:
                         grad_weight.addmm_(grad.T, h)
                     del grad
                 # Else two chunks of logits are alive at once.

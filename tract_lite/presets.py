@@ -204,7 +204,8 @@ def preset_for(options: StageOptions) -> Preset:
     # A form in a notebook has no other way of leaving a field to the preset.
     chosen = {key: value for key, value in vars(options).items() if value not in (None, "", 0)}
     preset = PRESETS[name]
-    if preset.data is None and "data" in chosen:
+    # A single stage has no built-in example: its data are always somebody's own.
+    if preset.data is None and getattr(options, "data", True):
         preset = replace(preset, **_TOY_ON_OWN_DATA)
     chosen["scale"] = ScoreScale.parse(options.scale)
     if options.epochs is not None:
@@ -216,6 +217,7 @@ def preset_for(options: StageOptions) -> Preset:
 def settings_of(options: RunOptions) -> dict[str, Any]:
     """What may not change between the calls of one run; of data files, their content."""
     settings = {"preset": options.preset, **asdict(preset_for(options))}
+    settings |= settings.pop("training")
     for name in ("data", "held_out", "template"):
         path = settings[name]
         if path and Path(path).is_file():

@@ -73,6 +73,10 @@ class Reasoning:
         self._spec = spec
         self._vocabulary = vocabulary
         self._ends = {spec.eos_id, *(piece for piece in spec.chat if isinstance(piece, int))}
+        # Up to where its text is complete: a space before the label may be a token of its own.
+        self._marker = list(spec.marker_ids)
+        while spec.marker in vocabulary.decode(self._marker[:-1]):
+            del self._marker[-1]
         self.ids: list[int] = []
 
     def add(self, token: int) -> bool:
@@ -87,9 +91,8 @@ class Reasoning:
         return True
 
     def _marker_start(self) -> int | None:
-        marker = list(self._spec.marker_ids)
-        if self.ids[-len(marker) :] == marker:
-            return len(self.ids) - len(marker)
+        if self.ids[-len(self._marker) :] == self._marker:
+            return len(self.ids) - len(self._marker)
         # At worst each of its bytes is a token.
         start = max(0, len(self.ids) - len(self._spec.marker.encode()) - 4)
         if self._spec.marker not in self._vocabulary.decode(self.ids[start:]):

@@ -62,7 +62,7 @@ class Run:
         """
         with self._first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.is_first and HELD_OUT not in read_json(self / DONE):
+            if self.is_first and not read_json(self / DONE):
                 # Nothing is made yet, so nothing is lost.
                 (self / SETTINGS).unlink(missing_ok=True)
             claim(self / SETTINGS, settings)
@@ -101,7 +101,7 @@ class Run:
         """What was read, left out, kept and used, by step, from the files that are there."""
         counts = read_json(self / COUNTS)
         names = {"training_records": TRAINING, "validation_records": VALIDATION, "held_out_items": HELD_OUT}
-        counts |= {key: len(read_rows(self / file)) for key, file in names.items()}
+        counts |= {key: len(read_rows(self / file)) for key, file in names.items() if (self / file).exists()}
         for file in (SEED_REASONINGS, OWN_REASONINGS):
             if (self / file).exists():
                 reasons: dict[str, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,7 @@ MARKER = "So the overall score is"
 SLOT = "{prompt}"
 
 # What consecutive items share stands first, so that an engine can reuse its cache.
-DEFAULT_TEMPLATE = """\
-### Task
-Judge how well a response follows its instruction, by the rubric alone. First write your \
-reasoning: what the response does and what it lacks. Then close with "{{ marker }}" and one of \
-these scores: {{ labels | join(", ") }}.
-
-### Rubric
-{{ rubric.criteria }}
-{% for label, description in rubric.descriptions.items() %}
-Score {{ label }}: {{ description }}
-{% endfor %}
-
-### Instruction
-{{ instruction }}
-
-{% if reference %}
-### Reference answer with the highest score
-{{ reference }}
-
-{% endif %}
-### Response
-{{ response }}
-
-### Reasoning
-"""
+DEFAULT_TEMPLATE = files("tract_lite").joinpath("template.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

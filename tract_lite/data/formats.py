@@ -44,7 +44,7 @@ def to_record(row: Any, position: str, scale: ScoreScale | None = None) -> Recor
     if not record.prompt and not record.response:
         raise ValueError(f"neither a prompt nor a response; its columns: {', '.join(row)}")
     for score in (record.score, *(annotation.score for annotation in record.annotations)):
-        if scale and score is not None and not min(scale.values) <= score <= max(scale.values):
+        if scale and score is not None and not scale.contains(score):
             raise ValueError(f"score {score:g} is outside the scale {scale.values}")
     return replace(record, id=_text(row, "id") or position)
 

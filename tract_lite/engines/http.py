@@ -9,9 +9,8 @@ from typing import Any
 import httpx
 import tenacity
 
-LONGEST_WAIT = 60.0
-
-_back_off = tenacity.wait_exponential(multiplier=0.5, max=20.0) + tenacity.wait_random(0.0, 0.5)
+# What a server may ask for, and what is waited unasked.
+LONGEST_WAIT, LONGEST_BACK_OFF = 60.0, 20.0
 
 
 class Unavailable(RuntimeError):
@@ -30,12 +29,15 @@ class Connection:
     """Requests of JSON to the server at `url`, from any number of threads.
 
     `timeout`: seconds without a sign of life. `retries`: how often a request is sent again.
+    `back_off`: seconds before the first time, about twice as many before each following one.
 
     Raises:
         ValueError: `url` is no address.
     """
 
-    def __init__(self, url: str, *, timeout: float = 120.0, retries: int = 4, api_key: str | None = None):
+    def __init__(
+        self, url: str, *, timeout: float = 120.0, retries: int = 4, back_off: float = 0.5, api_key: str | None = None
+    ):
         try:
             valid = httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host
         except httpx.InvalidURL:
@@ -50,6 +52,8 @@ class Connection:
         self._client = httpx.Client(headers=headers, limits=httpx.Limits(max_connections=None))
         self._timeout = timeout
         self._attempts = 1 + retries
+        growing = tenacity.wait_exponential(multiplier=back_off, max=LONGEST_BACK_OFF)
+        self._back_off = growing + tenacity.wait_random(0.0, back_off)
 
     def get(self, path: str, timeout: float | None = None, **query: str) -> dict[str, Any] | None:
         """A page, asked for once; None where the server has no such page.
@@ -72,7 +76,7 @@ class Connection:
         """
         tries = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable),
-            wait=_wait,
+            wait=self._wait,
             reraise=True,
             stop=tenacity.stop_after_attempt(self._attempts),
         )
@@ -91,6 +95,10 @@ class Connection:
                 f"the server at {self.url} answers {path} with something else than JSON: check the address"
             )
         return content
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        asked = state.outcome.exception().retry_after
+        return self._back_off(state) if asked is None else min(max(asked, 0.0), LONGEST_WAIT)
 
     def _request(self, method: str, path: str, timeout: float, **options: Any) -> httpx.Response:
         try:
@@ -117,11 +125,6 @@ class Connection:
         if status < 400 or status == 404:
             return RuntimeError(f"{text}; check the address and the model's name")
         return ValueError(text)
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    asked = state.outcome.exception().retry_after
-    return _back_off(state) if asked is None else min(max(asked, 0.0), LONGEST_WAIT)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

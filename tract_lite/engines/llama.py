@@ -24,10 +24,9 @@ from tract_lite.engines.llama_cpp import (
     spec_of,
     system_info,
 )
-from tract_lite.engines.sampler import TokenSampler
-from tract_lite.engines.sequences import Slot, Slots
+from tract_lite.engines.sampler import Writing
+from tract_lite.engines.sequences import Slots
 from tract_lite.engines.task import Sample, Task, room_for
-from tract_lite.prompt import Reasoning
 from tract_lite.rail import label_log_probabilities
 from tract_lite.spec import JudgeSpec, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary
@@ -50,16 +49,19 @@ def default_parallel(context_length: int, token_bytes: int) -> int:
 
 @dataclass
 class _Job:
-    """One sample of a task. With a sampler it writes its reasoning, then its score is read."""
+    """One sample of a task. Its reasoning is written unless it is `given`; then its score is read."""
 
     index: int
     number: int
-    samples: list[Sample | None]
+    samples: list[Any]
     prompt: list[int]
-    room: int
-    reasoning: Reasoning
-    sampler: TokenSampler | None
-    truncated: bool = False
+    writing: Writing
+    given: list[int] | None
+
+    @property
+    def reasoning(self) -> list[int] | None:
+        """None while it is being written."""
+        return self.given if self.given is not None else self.writing.ids if self.writing.done else None
 
 
 class LlamaEngine:
@@ -95,7 +97,9 @@ class LlamaEngine:
         cache_type: str = "f16",
         repack: bool = False,
     ):
-        self._model = self._context = self._slots = None
+        self._model: Any = None
+        self._context: Any = None
+        self._slots: Slots | None = None
         self._llama = llama = quiet_llama()
         if repack and has_amx():
             raise ValueError(
@@ -184,9 +188,9 @@ class LlamaEngine:
         """
         if self._slots or not self._context:
             raise RuntimeError("the engine is closed, or inside another run")
-        self._slots = Slots(self._context, self._parallel)
+        self._slots = slots = Slots(self._context, self._parallel)
         try:
-            for answer in self._answers(tasks, self._slots):
+            for answer in self._answers(tasks, slots):
                 yield answer
                 if not self._context:
                     raise RuntimeError("the engine was closed inside a run")
@@ -202,8 +206,8 @@ class LlamaEngine:
         self._context = self._model = None
 
     def __del__(self) -> None:
-        # At the interpreter's end llama.cpp's functions are gone, and the memory goes by itself.
-        if not sys.is_finalizing():
+        # At the interpreter's end modules and llama.cpp's functions go, and the memory by itself.
+        if sys and not sys.is_finalizing():
             self.close()
 
     def __enter__(self) -> LlamaEngine:
@@ -240,43 +244,32 @@ class LlamaEngine:
         room = room_for(task, self.spec, self.context_length)
         jobs, samples = [], [None] * len(task.seeds)
         for number, seed in enumerate(task.seeds):
-            reasoning, sampler = Reasoning(self.spec, self.vocabulary), None
-            if task.reasonings is None:
-                sampler = TokenSampler(self.spec.sampling, seed)
-            else:
-                reasoning.ids = list(task.reasonings[number])
-            jobs.append(_Job(index, number, samples, list(task.prompt), room, reasoning, sampler))
+            writing = Writing(self.spec, self.vocabulary, seed, room)
+            given = None if task.reasonings is None else list(task.reasonings[number])
+            jobs.append(_Job(index, number, samples, list(task.prompt), writing, given))
         return jobs
 
     def _ids(self, job: _Job) -> list[int]:
         """What the next logits of a job are read after."""
-        if job.sampler:
+        if job.reasoning is None:
             return job.prompt
-        return [*job.prompt, *job.reasoning.ids, *self.spec.marker_ids]
+        return [*job.prompt, *job.reasoning, *self.spec.marker_ids]
 
     def _step(self, slots: Slots) -> list[tuple[int, list[Sample]]]:
         """Decode once and let the slots go on; returns the answers that this completes."""
         answers = []
         for slot, row in slots.decode():
             job, logits = slot.job, self._context.logits(row)
-            if job.sampler:
-                self._write(slots, slot, job.sampler.draw(logits))
+            if job.reasoning is None:
+                token = job.writing.write(logits)
+                if job.writing.done:
+                    slots.hold(slot, self._ids(job))
+                else:
+                    slot.ids.append(token)
                 continue
             scores = label_log_probabilities(logits, self.spec.label_ids)
-            job.samples[job.number] = Sample(job.reasoning.ids, job.truncated, scores)
+            job.samples[job.number] = Sample(job.reasoning, job.writing.truncated, scores)
             slot.job = None
             if all(job.samples):
                 answers.append((job.index, job.samples))
         return answers
-
-    def _write(self, slots: Slots, slot: Slot, token: int | None) -> None:
-        """Add a sampled token to a reasoning; where it ends there, go on to the marker."""
-        job = slot.job
-        # Where nothing could be drawn, the score will show what is wrong.
-        complete = token is None or job.reasoning.add(token)
-        job.truncated = not complete and len(job.reasoning.ids) >= job.room
-        if complete or job.truncated:
-            job.sampler = None
-            slots.hold(slot, self._ids(job))
-        else:
-            slot.ids.append(token)

@@ -1,10 +1,12 @@
-"""Draws the tokens of a reasoning from logits, by the one sampling rule."""
+"""Writes a reasoning from logits, token by token, by the one sampling rule."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tract_lite.spec import Sampling
+from tract_lite.prompt import Reasoning
+from tract_lite.spec import JudgeSpec, Sampling
+from tract_lite.vocabulary import Vocabulary
 
 
 class TokenSampler:
@@ -49,3 +51,27 @@ class TokenSampler:
             place = cumulative.searchsorted(point, side="right")
             if weights[weights > weights[place]].sum(dtype=np.float64) < nucleus:
                 return int(ids[place])
+
+
+class Writing:
+    """A reasoning while it is written: to its marker, an end token, or `room` tokens at most."""
+
+    def __init__(self, spec: JudgeSpec, vocabulary: Vocabulary, seed: int, room: int):
+        self._reasoning, self._sampler = Reasoning(spec, vocabulary), TokenSampler(spec.sampling, seed)
+        self.room = room
+        self.done = self.truncated = False
+
+    @property
+    def ids(self) -> list[int]:
+        return self._reasoning.ids
+
+    def write(self, logits: np.ndarray) -> int:
+        """Draw the next token after logits (V,) and take it.
+
+        Where none can be drawn the reasoning ends, and its score will show what is wrong.
+        """
+        token = self._sampler.draw(logits)
+        complete = token is None or self._reasoning.add(token)
+        self.truncated = not complete and len(self.ids) >= self.room
+        self.done = complete or self.truncated
+        return 0 if token is None else token

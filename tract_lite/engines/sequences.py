@@ -89,7 +89,8 @@ class Slots:
 
         Returns the slots that hold all their ids now, with the batch row of their logits.
         """
-        tokens, positions, sequences, ready = [], [], [], []
+        tokens, sequences, ready = [], [], []
+        positions: list[int] = []
         for slot, count in self._next_batch():
             end = slot.filled + count
             tokens += slot.ids[slot.filled : end]

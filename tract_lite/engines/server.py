@@ -39,6 +39,7 @@ class ServerEngine:
     runs if that lies on this machine. `vocabulary` (a path, or one that is loaded) is read from the
     same place unless given; llama-server's own can be used over HTTP. `timeout`: seconds that an
     answer may take. `retries`: how often a request is sent again when the server is busy or away.
+    `back_off`: see `http.Connection`.
 
     Raises:
         ValueError: no spec, no vocabulary, or those of another judge; no such model.
@@ -54,13 +55,14 @@ class ServerEngine:
         parallel: int = 16,
         timeout: float = 120.0,
         retries: int = 4,
+        back_off: float = 0.5,
         api_key: str | None = None,
         vocabulary: Vocabulary | str | Path | None = None,
     ):
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
         self._parallel = parallel
-        self._http = Connection(url, timeout=timeout, retries=retries, api_key=api_key)
+        self._http = Connection(url, timeout=timeout, retries=retries, back_off=back_off, api_key=api_key)
         try:
             served = _find(self._http, model)
             near = [spec if isinstance(spec, (str, Path)) else None, model, served.path]
@@ -118,7 +120,7 @@ class ServerEngine:
 
     def _answers(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
         done: SimpleQueue[tuple[int, int, Sample | Exception]] = SimpleQueue()
-        items: dict[int, list[Sample | None]] = {}
+        items: dict[int, list[Any]] = {}
         jobs = self._jobs(tasks, items)
         in_flight = 0
         while True:
@@ -143,7 +145,7 @@ class ServerEngine:
                 yield index, items.pop(index)
 
     def _jobs(
-        self, tasks: Iterable[Task], items: dict[int, list[Sample | None]]
+        self, tasks: Iterable[Task], items: dict[int, list[Any]]
     ) -> Iterator[tuple[int, int, Callable[[], Sample]]]:
         for index, task in enumerate(tasks):
             items[index] = [None] * len(task.seeds)

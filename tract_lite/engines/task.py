@@ -48,9 +48,11 @@ class Engine(Protocol):
     """
 
     spec: JudgeSpec
-    vocabulary: Vocabulary
     identity: dict[str, Any]
     shape: dict[str, Any]
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
         """The answer of each task with its index in the input, as they are completed.

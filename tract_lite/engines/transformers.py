@@ -5,14 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from tract_lite.engines.sampler import TokenSampler
+from tract_lite.engines.sampler import Writing
 from tract_lite.engines.task import Sample, Task, room_for
-from tract_lite.prompt import Reasoning
 from tract_lite.rail import label_log_probabilities
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
@@ -50,7 +48,8 @@ class TransformersEngine:
         """
         numbered = enumerate(tasks)
         while window := list(islice(numbered, self.batch_size * WINDOW_BATCHES)):
-            rows, answers = [], {}
+            rows: list[tuple[int, int, Task, int]] = []
+            answers: dict[int, list[Any]] = {}
             for index, task in window:
                 try:
                     room = room_for(task, self.spec, self.spec.max_length)
@@ -75,9 +74,9 @@ class TransformersEngine:
     def _answer(self, rows: Sequence[tuple[int, int, Task, int]]) -> list[Sample]:
         prompts = [list(task.prompt) for _, _, task, _ in rows]
         if rows[0][2].reasonings is None:
-            written = [self._row(task, number, room) for _, number, task, room in rows]
+            written = [Writing(self.spec, self.vocabulary, task.seeds[number], room) for _, number, task, room in rows]
             self._write(prompts, written)
-            reasonings = [row.reasoning.ids for row in written]
+            reasonings = [row.ids for row in written]
             truncated = [row.truncated for row in written]
         else:
             reasonings = [list(task.reasonings[number]) for _, number, task, _ in rows]
@@ -89,12 +88,8 @@ class TransformersEngine:
         scores = label_log_probabilities(logits.float().cpu().numpy(), self.spec.label_ids)
         return [Sample(*fields) for fields in zip(reasonings, truncated, scores)]
 
-    def _row(self, task: Task, number: int, room: int) -> _Row:
-        sampler = TokenSampler(self.spec.sampling, task.seeds[number])
-        return _Row(Reasoning(self.spec, self.vocabulary), sampler, room)
-
-    def _write(self, prompts: list[list[int]], rows: Sequence[_Row]) -> None:
-        """Let the model continue its prompts until each row is done."""
+    def _write(self, prompts: list[list[int]], rows: Sequence[Writing]) -> None:
+        """Let the model continue its prompts until each reasoning is done."""
         ids, mask = self._pad_left(prompts)
         # transformers would fill what our settings leave open with the seed's own defaults.
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -125,38 +120,18 @@ class TransformersEngine:
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
-class _Row:
-    """A reasoning that is being written: it ends at its marker, an end token or its limit."""
-
-    def __init__(self, reasoning: Reasoning, sampler: TokenSampler, room: int):
-        self.reasoning, self._sampler, self.room = reasoning, sampler, room
-        self.done = self.truncated = False
-
-    def write(self, logits: np.ndarray) -> int | None:
-        """Draw and take the next token; None where nothing can be drawn.
-
-        The reasoning then ends there, and its score will show what is wrong.
-        """
-        token = self._sampler.draw(logits)
-        complete = token is None or self.reasoning.add(token)
-        self.truncated = not complete and len(self.reasoning.ids) >= self.room
-        self.done = complete or self.truncated
-        return token
-
-
 class _Writer(LogitsProcessor):
     """Leaves of each row's logits the one token that its own sampler draws.
 
     Rows then do not depend on what is sampled beside them, and llama.cpp's follow the same rule.
     """
 
-    def __init__(self, rows: Sequence[_Row], pad_id: int):
+    def __init__(self, rows: Sequence[Writing], pad_id: int):
         self.rows, self._pad_id = rows, pad_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float().cpu().numpy()
-        drawn = [None if row.done else row.write(logits[n]) for n, row in enumerate(self.rows)]
-        tokens = [[self._pad_id if token is None else token] for token in drawn]
+        tokens = [[self._pad_id if row.done else row.write(logits[n])] for n, row in enumerate(self.rows)]
         picked = torch.tensor(tokens, device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, picked, 0.0)
 
@@ -164,7 +139,7 @@ class _Writer(LogitsProcessor):
 class _AllWritten(StoppingCriteria):
     """Tells which rows are done."""
 
-    def __init__(self, rows: Sequence[_Row]):
+    def __init__(self, rows: Sequence[Writing]):
         self._rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -38,9 +38,8 @@ class Adapter:
         start = str(self.config.get("init_lora_weights")).lower()
         if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
             raise ValueError(
-                "the adapter was made with fan_in_fan_out or with an initialisation "
-                f"that changes the seed ({', '.join(CHANGES_SEED)}), and only plain "
-                "LoRA on linear layers can be merged"
+                "the adapter was made with fan_in_fan_out or with an initialisation that changes the seed model "
+                f"({', '.join(CHANGES_SEED)}), and only plain LoRA on linear layers can be merged"
             )
         self.saved: dict[str, torch.Tensor] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {}
@@ -50,9 +49,7 @@ class Adapter:
             if re.search(r"\.lora_[AB]\.weight$", name):
                 self.pairs.setdefault(f"{layer}.weight", []).append(tensor)
             elif is_pair:
-                raise ValueError(
-                    f"the adapter holds {name}, and only LoRA on linear layers and modules_to_save can be merged"
-                )
+                raise ValueError(f"only LoRA on linear layers and modules_to_save can be merged, no {name}")
             else:
                 self.saved[name] = tensor
         if self.config.get("ensure_weight_tying") and EMBEDDING in self.saved:
@@ -65,22 +62,20 @@ class Adapter:
         return not tied and not self.saved.keys().isdisjoint((HEAD, EMBEDDING))
 
     def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a seed that lacks what the adapter changes, or has it in other shapes.
+        """Refuse a seed model that lacks what the adapter changes, or has it in other shapes.
 
         Raises:
             ValueError: says which weights, and both shapes.
         """
-        changed = {name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()}
+        changed: dict[str, tuple[int, ...]] = {
+            name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()
+        }
         changed |= {name: tuple(tensor.shape) for name, tensor in self.saved.items()}
         if lacking := sorted(changed.keys() - shapes.keys()):
-            raise ValueError(f"the adapter changes weights the seed lacks: {', '.join(lacking)}")
-        unequal = [
-            f"{name} {shape} and {tuple(shapes[name])}"
-            for name, shape in changed.items()
-            if shape != tuple(shapes[name])
-        ]
-        if unequal:
-            raise ValueError("the adapter's weights and the seed's have other shapes: " + ", ".join(unequal))
+            raise ValueError(f"the adapter changes weights the seed model lacks: {', '.join(lacking)}")
+        both = [(name, shape, tuple(shapes[name])) for name, shape in changed.items()]
+        if unequal := [f"{name} {ours} and {theirs}" for name, ours, theirs in both if ours != theirs]:
+            raise ValueError(f"the adapter's weights and the seed model's have other shapes: {', '.join(unequal)}")
 
     def check_seed(self, seed_model: str | Path, seed_dir: Path) -> None:
         """Refuse another seed model, in the folder `seed_dir`, than the adapter was trained on.
@@ -91,15 +86,15 @@ class Adapter:
         Raises:
             ValueError: another seed model.
         """
-        trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed"
+        trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed model"
         try:
             same = _same_weights(seed_folder(trained_on, download=False), seed_dir)
         except (OSError, ValueError):
             same = _name(trained_on) == _name(seed_model)
         if not same:
             raise ValueError(
-                f"the adapter was trained on {trained_on}, not on {seed_model}: give that "
-                "seed; if this is the same one, let its folder have that name"
+                f"the adapter was trained on {trained_on}, not on {seed_model}: give that one; "
+                "if both are the same, let its folder have that name"
             )
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -115,10 +110,8 @@ class Adapter:
         """The factor of B A for a weight: alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
         rank = self.pairs[name][0].shape[0]
         # As in peft: the first pattern that matches whole parts of the name.
-        patterns = (self.config.get("alpha_pattern") or {}).items()
-        matching = (
-            value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name.removesuffix(".weight"))
-        )
+        layer, patterns = name.removesuffix(".weight"), (self.config.get("alpha_pattern") or {}).items()
+        matching = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
         alpha = next(matching, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -128,12 +121,11 @@ class Adapter:
         llama.cpp knows no other factor.
         """
         folder.mkdir()
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, (down, up) in self.pairs.items():
-            layer, factor = name.removesuffix(".weight"), self.factor(name) * down.shape[0]
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = down
-            scaled = up.float() * (factor / self.config["lora_alpha"])
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = scaled
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            rest = self.factor(name) * down.shape[0] / self.config["lora_alpha"]
+            tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up.float() * rest}
         save_file(tensors, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config), encoding="utf-8")
 
@@ -154,14 +146,9 @@ def _same_weights(folder: Path, other: Path) -> bool:
     if folder.resolve() == other.resolve():
         return True
     files, others = weight_files(folder), weight_files(other)
-    compared = 0
-    for name in files.keys() & others.keys():
-        rows, other_rows = _first_rows(files[name], name), _first_rows(others[name], name)
-        if rows.shape == other_rows.shape:
-            if not torch.allclose(rows, other_rows, rtol=2**-8, atol=1e-6):
-                return False
-            compared += 1
-    return compared > 0
+    both = ((_first_rows(files[name], name), _first_rows(others[name], name)) for name in files.keys() & others.keys())
+    compared = [torch.allclose(a, b, rtol=2**-8, atol=1e-6) for a, b in both if a.shape == b.shape]
+    return bool(compared) and all(compared)
 
 
 def _first_rows(file: Path, name: str) -> torch.Tensor:

@@ -57,8 +57,7 @@ def convert_model(
     Raises:
         RuntimeError: llama.cpp's converter failed.
     """
-    options = ["--outtype", file_type, *["--vocab-only"] * vocab_only]
-    _convert(_MODELS, model_dir, out, options, spec)
+    _convert(_MODELS, model_dir, out, ["--outtype", file_type, *["--vocab-only"] * vocab_only], spec)
 
 
 def convert_adapter(adapter_dir: Path, base_dir: Path, out: Path, spec: JudgeSpec) -> None:
@@ -67,8 +66,7 @@ def convert_adapter(adapter_dir: Path, base_dir: Path, out: Path, spec: JudgeSpe
     Raises:
         RuntimeError: llama.cpp's converter failed.
     """
-    options = ["--outtype", "f32", "--base", str(base_dir.resolve())]
-    _convert(_ADAPTERS, adapter_dir, out, options, spec)
+    _convert(_ADAPTERS, adapter_dir, out, ["--outtype", "f32", "--base", str(base_dir.resolve())], spec)
 
 
 def run_converter() -> None:
@@ -118,64 +116,36 @@ def quantize(source: Path, out: Path, name: str) -> None:
     params.ftype = file_types()[name]
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)):
         raise RuntimeError(
-            f"llama.cpp could not quantise to {name}: the disk is full, or it is a "
-            "type that needs an importance matrix (q4_k_m, q5_k_m, q6_k and q8_0 do "
-            "not)"
+            f"llama.cpp could not quantise to {name}: the disk is full, or the type needs an importance matrix "
+            "(q4_k_m, q5_k_m, q6_k and q8_0 do not)"
         )
 
 
 def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec: JudgeSpec | None) -> None:
     source = llama_cpp_source()
     paths = (source / "gguf-py", Path(__file__).parents[2], os.environ.get("PYTHONPATH", ""))
-    log = _run(
-        [
-            sys.executable,
-            "-c",
-            "from tract_lite.export.converter import run_converter; run_converter()",
-            script,
-            str(folder.resolve()),
-            "--outfile",
-            str(out.resolve()),
-            *options,
-        ],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        input=spec.to_json() if spec else "",
-    )
-    if log:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = ["-c", f"from {__name__} import run_converter; run_converter()", script, str(folder.resolve())]
+    command += ["--outfile", str(out.resolve()), *options]
+    if log := _run(command, cwd=source, env=environment, input=spec.to_json() if spec else ""):
         raise RuntimeError(f"llama.cpp's converter failed on {folder}:\n{log}")
 
 
-def _run(command: Sequence[str], **options: Any) -> str:
-    """Nothing after success, else the last lines that the command wrote."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **options
-    )
+def _run(arguments: Sequence[str], **options: Any) -> str:
+    """Run Python; nothing after success, else the last lines that it wrote."""
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    done = subprocess.run([sys.executable, *arguments], **options)
     tail = done.stdout.splitlines()[-15:]
     return "\n".join([*tail, f"exit status {done.returncode}"]) if done.returncode else ""
 
 
 def _fetch_source(release: str, folder: Path) -> None:
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        log = _run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "--no-binary",
-                "llama-cpp-python",
-                f"llama-cpp-python=={release}",
-                "--dest",
-                temporary,
-            ]
-        )
-        if log:
+        command = f"-m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python=={release} --dest"
+        if log := _run([*command.split(), temporary]):
             raise RuntimeError(
-                "pip could not fetch llama-cpp-python's source with llama.cpp's "
-                "converter: try with a package index in reach, or set LLAMA_CPP_DIR "
-                f"to the vendor/llama.cpp folder of version {release}\n{log}"
+                "pip could not fetch llama-cpp-python's source with llama.cpp's converter: try with a package index "
+                f"in reach, or set LLAMA_CPP_DIR to the vendor/llama.cpp folder of version {release}\n{log}"
             )
         source = Path(temporary, "source")
         with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:

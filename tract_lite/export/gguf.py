@@ -37,12 +37,12 @@ def export_gguf(
 ) -> Path | list[Path]:
     """Write a model folder as GGUF with the judge's spec inside, and check what was written.
 
-    `quantization` names one of llama.cpp's file types ("f16", "q8_0", "q4_k_m", ...). With several
-    names, `judge.gguf` stands for `judge-q8_0.gguf`, `judge-q4_k_m.gguf`, and a list comes back.
-    `spec` is the folder's own unless given; a folder may have none, and is not checked then.
-    `check`: see `parity.check_export`; `records` are the ones to check with, made-up ones unless
-    given, and `figures` a JSON file that gets what the check has measured, by file name. No file
-    has its name before it is complete and checked.
+    `quantization`: one of llama.cpp's file types ("f16", "q8_0", "q4_k_m", ...), or several: then
+    `judge.gguf` stands for `judge-q8_0.gguf`, `judge-q4_k_m.gguf`, and a list comes back. `spec` is
+    the folder's own unless given; without any, nothing is checked. `check`: see
+    `parity.check_export`. `records`: those to check with, made-up ones unless given. `figures`: a
+    JSON file that gets what the check has measured, by file name. No file has its name before it is
+    complete and checked.
 
     Raises:
         ValueError: an unknown type, a folder without what it takes, or another vocabulary's spec.
@@ -51,7 +51,7 @@ def export_gguf(
     """
     model_dir, out = Path(model_dir), Path(out)
     single = isinstance(quantization, str)
-    names = _names([quantization] if single else quantization)
+    names = _names([quantization] if isinstance(quantization, str) else quantization)
     targets = [out] if single else [_target(out, name) for name in names]
     if folders := [str(target) for target in targets if target.is_dir()]:
         raise ValueError(f"{', '.join(folders)} is a folder: name a file")
@@ -64,9 +64,7 @@ def export_gguf(
     size = _needed_bytes(model_dir, weights, names)
     with work_folder(out, size, "export fewer or smaller types at a time") as folder:
         files = _write(model_dir, folder, names, spec)
-        measured = {}
-        if tokenizer:
-            measured = check_export(spec, tokenizer, model_dir, files, weights, records)
+        measured = check_export(spec, tokenizer, model_dir, files, weights, records) if tokenizer and spec else {}
         for name, target in zip(names, targets):
             os.replace(files[name], target)
         if figures:
@@ -85,19 +83,17 @@ def export_adapter(
 ) -> Path:
     """Write a LoRA adapter alone as GGUF with the judge's spec inside, tens of MB without a merge.
 
-    llama.cpp adds it to its seed's GGUF file when it is loaded, so one base file serves many
-    judges: `Judge.from_gguf(base, adapter=out)`. `seed_model`: a folder or hub id; of it, only config and
-    tokenizer are needed. `spec` is the adapter's own unless given. `check`: see
+    llama.cpp adds it to its seed model's GGUF file when it is loaded, so one such file serves many
+    judges: `Judge.from_gguf(base, adapter=out)`. `seed_model`: a folder or hub id, of which only
+    config and tokenizer are needed. `spec` is the adapter's own unless given. `check`: see
     `parity.check_vocabulary`; scores hang on the base file and are not compared.
 
-    The adapter was trained on the seed in 4 bits, and the base file is another rounding of it, so
-    scores differ from those of the merged judge. For the judge of the example task, on a scale of
-    1 to 5 and after the same reasonings: by 0.021 on average with an f16 or q8_0 base and by 0.034
-    with q4_k_m (0.016 if merged and then quantised to it), while the RMSE with reasonings of its
-    own rises from 0.568 to 0.574, 0.573 and 0.576 (0.573).
+    The base file rounds the seed model otherwise than the 4 bits of training. For the built-in
+    example (scale 1 to 5), scores differ from the trained judge's by 0.021 on average with an f16
+    or q8_0 base and by 0.034 with q4_k_m, and by 0.016 if merged and quantised to q4_k_m.
 
     Raises:
-        ValueError: not an adapter, one of another seed or of a kind that must be merged, no spec.
+        ValueError: no adapter, one of another seed model or that must be merged, or no spec.
         RuntimeError: the converter is out of reach or failed, llama.cpp reads other tokens than
             transformers, or the disk has no room.
     """
@@ -108,10 +104,8 @@ def export_adapter(
     seed_dir = seed_folder(seed_model, weights=False)
     changes.check_seed(seed_model, seed_dir)
     if changes.saved:
-        raise ValueError(
-            f"the adapter replaces whole weights ({', '.join(changes.saved)}), which "
-            "a GGUF adapter can't: use merge_adapter and export_gguf"
-        )
+        saved = ", ".join(changes.saved)
+        raise ValueError(f"the adapter replaces whole weights ({saved}): use merge_adapter and export_gguf")
     _check_folder(seed_dir)
     tokenizer = _tokenizer(seed_dir, spec) if check else None
     with work_folder(out, 4 * changes.size) as folder:
@@ -175,23 +169,20 @@ def _check_folder(model_dir: Path) -> None:
     # Without it the converter gives every token of an SPM vocabulary one score, without a word.
     if json.loads(tokenizer.read_text(encoding="utf-8"))["model"].get("byte_fallback"):
         raise ValueError(
-            f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: copy "
-            "that file from the folder of the model it was made from"
+            f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: copy that file "
+            "from the folder of the model it was made from"
         )
 
 
 def _check_convertible(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
-        raise ValueError(
-            f"{model_dir} holds weights in bitsandbytes' 4 or 8 bits, which llama.cpp's "
-            "converter can't read: give the model in 16 bits"
-        )
+        raise ValueError(f"{model_dir} holds weights in bitsandbytes' 4 or 8 bits: give the model in 16 bits")
     if config.get("model_type", "").startswith("gemma") and not config.get("tie_word_embeddings", True):
         # Its converter leaves the head out without a word.
         raise ValueError(
-            f"{model_dir} has untied embeddings, and llama.cpp knows Gemma with tied "
-            "ones alone: train without lm_head and embed_tokens in modules_to_save"
+            f"{model_dir} has untied embeddings, and llama.cpp knows Gemma with tied ones alone: "
+            "train without lm_head and embed_tokens in modules_to_save"
         )
 
 
@@ -218,6 +209,6 @@ def _count_weights(model_dir: Path) -> int:
 def _needed_bytes(model_dir: Path, weights: int, names: Sequence[str]) -> int:
     """Disk for all types and for the one that they are made of."""
     # Types such as q4_k_m keep some weights in more bits than their name says, up to 2 on average.
-    bits = [_BITS.get(name) or int(re.search(r"\d+", name)[0]) + 2 for name in {_source(names), *names}]
+    bits = [_BITS.get(name) or int(re.findall(r"\d+", name)[0]) + 2 for name in {_source(names), *names}]
     others = sum(file.stat().st_size for file in model_dir.glob("*token*"))
     return round(weights * sum(bits) / 8) + len(bits) * others

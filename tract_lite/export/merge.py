@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Collection, Sequence
+from typing import Any, Sequence
 
 import torch
 from safetensors import safe_open
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from tract_lite.export.adapter import EMBEDDING, HEAD, Adapter
 from tract_lite.export.model_folder import copy_other_files, is_merged_judge, seed_folder, weight_files, work_folder
 from tract_lite.spec import SPEC_FILE, JudgeSpec
+from tract_lite.training.seed_model import linear_layers
 
 # With its head, a file of several tensors stays below 256 MB.
 SHARD_BYTES = 255 * 10**6
@@ -29,14 +30,14 @@ QUANTISED_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "
 
 
 def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Path, *, base: str = "4bit") -> Path:
-    """Write the seed with the adapter added (W + factor * B A, in float32) to a plain folder.
+    """Write the seed model with the adapter added (W + factor * B A, in float32) to a plain folder.
 
-    `seed_model`: a folder or hub id, in 16 bits or as 4-bit bitsandbytes weights. `base`: "4bit" adds to
-    the weights as the adapter met them in training: dequantised where they are there in 4 bits,
-    and quantised before that where the whole seed is in 16. "16bit" adds to the seed's own. Tensors
-    keep the type of the seed's files. Tokenizer files are copied as they are, the judge's spec too.
-    Memory holds one tensor at a time; files have 256 MB or one tensor. An older merge in `out_dir`
-    is replaced, at once and by a whole one alone.
+    `seed_model`: a folder or hub id, in 16 bits or in 4 bits of bitsandbytes. `base`: "4bit" adds
+    to the weights as they were in training: dequantised, and quantised before that where the seed
+    model is in 16 bits. "16bit" adds to the seed model's own. Tensors keep the type of its files.
+    Tokenizer files and the judge's spec are copied as they are. Memory holds one tensor at a time;
+    files have 256 MB or one tensor. An older merge in `out_dir` is replaced, at once and by a whole
+    one alone.
 
     Raises:
         ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't be
@@ -54,15 +55,14 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     weights = _find_weights(seed_dir, changes)
     changes.check_fits({weight.name: weight.shape for weight in weights})
     if base == "16bit" and any(weight.is_packed for weight in weights):
-        raise ValueError(f"{seed_model} is there in 4 bits alone: give the seed that it was made from")
+        raise ValueError(f"{seed_model} is there in 4 bits alone: give the model that it was made from")
     size = sum(weight.size for weight in weights)
-    advice = "export the adapter alone: export_adapter needs no merge"
-    with work_folder(out_dir, size, advice) as folder:
+    with work_folder(out_dir, size, "export the adapter alone: export_adapter needs no merge") as folder:
         merged = folder / "merged"
         merged.mkdir()
-        # What a seed in 4 bits keeps in 16 was so in training too.
+        # What a seed model in 4 bits keeps in 16 was so in training too.
         in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
-        _merge_weights(weights, changes, _quantised(seed_dir) if in_training else (), merged)
+        _merge_weights(weights, changes, _quantised(seed_dir) if in_training else set(), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
         shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
         if out_dir.exists():
@@ -72,7 +72,7 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
 
 
 class _Weight:
-    """A weight of the seed's files, as it is there or packed in 4 bits, and its name in the merge.
+    """A weight in the seed model's files, plain or packed in 4 bits, and its name in the merge.
 
     `shape` is that of the weight, and `size` its bytes as they are written.
     """
@@ -101,27 +101,26 @@ class _Weight:
         from bitsandbytes.functional import QuantState
 
         parts = {part.removeprefix(f"{self._key}."): self._tensor(part) for part in self._parts}
-        return QuantState.from_dict(parts, device="cpu")
+        return QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
 def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
     """The weights of the merge; where the adapter unties the embeddings, with one for the head."""
     files = weight_files(seed_dir)
-    weights = [
-        _Weight(name, name, files) for name in files if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)
-    ]
+    names = [name for name in files if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
+    weights = [_Weight(name, name, files) for name in names]
     if changes.unties and HEAD not in files and EMBEDDING in files:
         weights.append(_Weight(HEAD, EMBEDDING, files))
     for weight in weights:
         if weight.dtype not in DTYPES:
             raise ValueError(
-                f"the seed has weights of type {weight.dtype} ({weight.name}): give "
-                "one in 16 or 32 bits, or in bitsandbytes' 4 bits"
+                f"the seed model has weights of type {weight.dtype} ({weight.name}): "
+                "give it in 16 or 32 bits, or in bitsandbytes' 4 bits"
             )
     return weights
 
 
-def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Collection[str], out_dir: Path) -> None:
+def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: set[str], out_dir: Path) -> None:
     """Write all weights in shards, with the index that transformers reads."""
     shards = _shards(weights)
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
@@ -139,19 +138,16 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: Coll
 
 def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
     """The changed weight's bytes, as a NumPy array."""
-    tensor = weight.read()
-    if quantised:
-        tensor = _through_4bit(tensor)
-    merged = changes.apply(weight.name, tensor).to(weight.dtype)
-    return merged.reshape(-1).view(torch.uint8).numpy()
+    tensor = _through_4bit(weight.read()) if quantised else weight.read()
+    return changes.apply(weight.name, tensor).to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
 
 
 def _shards(weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    shards, size = [], math.inf
+    shards: list[list[_Weight]] = []
+    size = math.inf
     for weight in weights:
         if size + weight.size > SHARD_BYTES:
-            shards.append([])
-            size = 0
+            shards, size = [*shards, []], 0
         shards[-1].append(weight)
         size += weight.size
     # Wider types first, so that each tensor lies at a multiple of its type's width.
@@ -160,7 +156,8 @@ def _shards(weights: Sequence[_Weight]) -> list[list[_Weight]]:
 
 def _header(shard: Sequence[_Weight]) -> bytes:
     """The head of a safetensors file; its library writes only what is wholly in memory."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for weight in shard:
         start, end = end, end + weight.size
         entries[weight.name] = {"dtype": DTYPES[weight.dtype], "shape": weight.shape, "data_offsets": [start, end]}
@@ -174,15 +171,9 @@ def _quantised(seed_dir: Path) -> set[str]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(seed_dir)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_dir))
+    return {f"{name}.weight" for name in linear_layers(model)}
 
 
 def _through_4bit(weight: torch.Tensor) -> torch.Tensor:

@@ -37,9 +37,8 @@ def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> I
     free = shutil.disk_usage(out.parent).free
     if size > free:
         raise RuntimeError(
-            f"{out} takes {size / GB:.1f} GB of disk while it is made, and "
-            f"{out.parent.resolve()} has {free / GB:.1f} GB free: make room, choose "
-            f"another place, or {advice}"
+            f"{out} takes {size / GB:.1f} GB of disk while it is made, and {out.parent.resolve()} has "
+            f"{free / GB:.1f} GB free: make room, choose another place, or {advice}"
         )
     with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
         yield Path(folder)
@@ -64,8 +63,7 @@ def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool 
         return Path(seed_model)
     from huggingface_hub import snapshot_download
 
-    unused = ["*.bin", "*.gguf", "*.pth", "consolidated*", "original/*"]
-    unused += ["*.safetensors"] * (not weights)
+    unused = ["*.bin", "*.gguf", "*.pth", "consolidated*", "original/*", *["*.safetensors"] * (not weights)]
     return Path(snapshot_download(str(seed_model), ignore_patterns=unused, local_files_only=not download))
 
 

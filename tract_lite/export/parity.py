@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Mapping, Sequence
 
-import numpy as np
 import psutil
 import torch
 
@@ -17,7 +18,7 @@ from tract_lite.engines.llama_cpp import load_model, quiet_llama
 from tract_lite.export.model_folder import GB
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
-from tract_lite.prompt import prompt_ids
+from tract_lite.prompt import prompt_ids, reasoning_text
 from tract_lite.record import Record, Rubric
 from tract_lite.spec import JudgeSpec, chat_pieces
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
@@ -38,8 +39,8 @@ class Parity:
     """How far two judges lie apart after the same reasoning ids.
 
     `different_prompts`: records whose prompts have other ids in the two vocabularies. Differences
-    are those of the score, in score units. `mean_distance`: total variation distance (0 to 1)
-    between the distributions over the labels, each normalised to them, on average.
+    are those of the scores, in their units. `mean_distance`: total variation distance (0 to 1) of
+    the distributions over the labels, each normalised to them, on average.
     """
 
     records: int
@@ -68,27 +69,18 @@ def compare(judge: Judge, other: Judge, records: Sequence[Record], judgements: S
     both = [(again, given) for again, (_, given) in zip(reread, judged) if not again.error]
     if not both:
         raise ValueError("no record was judged by both judges")
+    prompts = [[prompt_ids(record, j.spec, j.engine.vocabulary) for record in asked] for j in (judge, other)]
+    different_prompts = sum(ids != other_ids for ids, other_ids in zip(*prompts))
     differences = [abs(again.score - given.score) for again, given in both]
-    distances = [_distance(again, given) for again, given in both]
-    different_prompts = sum(
-        prompt_ids(record, judge.spec, judge.engine.vocabulary)
-        != prompt_ids(record, other.spec, other.engine.vocabulary)
-        for record in asked
-    )
-    return Parity(
-        len(both), different_prompts, float(np.mean(differences)), float(np.max(differences)), float(np.mean(distances))
-    )
+    distance = fmean(_distance(again, given) for again, given in both)
+    return Parity(len(both), different_prompts, fmean(differences), max(differences), distance)
 
 
 def _distance(one: Judgement, other: Judgement) -> float:
     """Total variation distance between the distributions, normalised to the labels."""
-    return (
-        sum(
-            abs(share / (one.mass or math.nan) - other.probabilities[label] / (other.mass or math.nan))
-            for label, share in one.probabilities.items()
-        )
-        / 2
-    )
+    mass, other_mass = one.mass or math.nan, other.mass or math.nan
+    shares = [(share / mass, other.probabilities[label] / other_mass) for label, share in one.probabilities.items()]
+    return sum(abs(share - other_share) for share, other_share in shares) / 2
 
 
 def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
@@ -104,19 +96,15 @@ def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
         f"{' '.join(specials)}<s> </s><|endoftext|><|eot_id|><|im_end|>[INST]",
         f"{spec.marker} {spec.scale.labels[-1]}\n\n{spec.marker} ",
     )
-    return [
-        Record(
-            instruction="Answer the question.", response=text, rubric=rubric, reference="It is 4.", id=f"check {number}"
-        )
-        for number, text in enumerate(texts, 1)
-    ]
+    item = Record(instruction="Answer the question.", rubric=rubric, reference="It is 4.")
+    return [replace(item, response=text, id=f"check {number}") for number, text in enumerate(texts, 1)]
 
 
 def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: Sequence[Record]) -> None:
     """Make sure that a tokenizer and llama.cpp's `vocabulary` read a judge's ids alike.
 
-    These are the ids of prompts, and of marker, labels and special tokens by their spelling; and
-    the special tokens of the spec's chat format are those that the tokenizer's own brings.
+    Compared are the ids of the records' prompts and the spellings of marker, labels and special
+    tokens. The spec must also have the special tokens of the tokenizer's own chat format.
 
     Raises:
         RuntimeError: they differ; says where.
@@ -126,18 +114,17 @@ def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: 
     own = [piece for piece in chat_pieces(tokenizer, theirs) if isinstance(piece, int)]
     if chat != own:
         raise RuntimeError(
-            f"the judge's prompt has the special tokens {theirs.pieces(chat)}, and "
-            f"the tokenizer's own chat format has {theirs.pieces(own)}"
+            f"the judge's prompt has the special tokens {theirs.pieces(chat)}, and the tokenizer's own chat format "
+            f"has {theirs.pieces(own)}"
         )
     ids = [*chat, spec.eos_id, *spec.marker_ids, *spec.label_ids]
     pieces, found = theirs.pieces(ids), vocabulary.pieces(ids)
     if pieces != found:
         raise RuntimeError(f"the ids {ids} are {pieces} in transformers and {found} in llama.cpp")
     for record in records:
-        expected = prompt_ids(record, spec, theirs)
-        got = prompt_ids(record, spec, vocabulary)
+        expected, got = prompt_ids(record, spec, theirs), prompt_ids(record, spec, vocabulary)
         if got != expected:
-            at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
+            at = len(commonprefix([expected, got]))
             raise RuntimeError(
                 f"the prompt of record {record.id} has other tokens from position {at} on: "
                 f"{theirs.pieces(expected[at : at + 5])} in transformers, "
@@ -155,17 +142,15 @@ def check_vocabulary(
     Raises:
         RuntimeError: they differ; says where.
     """
-    if records is None:
+    if not records:
         records = hard_records(spec, list(TransformersVocabulary(tokenizer).specials)[:20])
     model = load_model(file, vocab_only=True)
     try:
         check_ids(spec, tokenizer, GGUFVocabulary(model), records)
     finally:
         quiet_llama().llama_model_free(model)
-    _show(
-        f"parity: {file.stem}: the ids of {len(records)} prompts, marker, labels and special "
-        "tokens are the same in transformers and llama.cpp"
-    )
+    alike = "prompts, marker, labels and special tokens are the same in transformers and llama.cpp"
+    _show(f"parity: {file.stem}: the ids of {len(records)} {alike}")
     return list(records)
 
 
@@ -180,9 +165,9 @@ def check_export(
     """Make sure that GGUF files are the judge in the model folder that they were made from.
 
     `files`: by type, such as "q8_0"; `weights`: how many the model has. First the ids, see
-    `check_ids`. Then the score distributions after a fixed reasoning, against transformers in
-    float32; where memory is too small for that, the log says so. A difference above the type's
-    bound is a warning. Returns the figures.
+    `check_ids`. Then the scores after each record's own reasoning, or a fixed one, against
+    transformers in float32; where memory is too small for that, the log says so. A difference above
+    the type's bound is a warning. Returns the figures by type.
 
     Raises:
         RuntimeError: ids differ; says where.
@@ -190,10 +175,8 @@ def check_export(
     taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
     needed, free = 4 * weights + SPARE_BYTES, _free_memory()
     if needed > free:
-        _show(
-            f"parity: scores are not compared, as transformers takes {needed / GB:.1f} GB of "
-            f"memory for that and {free / GB:.1f} GB are free"
-        )
+        there = f"transformers takes {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free"
+        _show(f"parity: scores are not compared: {there}")
         return {}
     return _compare_scores(spec, folder, files, taken[0])
 
@@ -206,8 +189,9 @@ def _compare_scores(
     model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers", precision="float32")
     figures = {}
     with Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
-        ids = reference.engine.vocabulary.encode(_REASONING)
-        judged = list(reference.score_many(records, reasonings=[[ids]] * len(records)))
+        texts = [reasoning_text(record.pairs()[0].feedback or "") or _REASONING for record in records]
+        reasonings = [[reference.engine.vocabulary.encode(text)] for text in texts]
+        judged = list(reference.score_many(records, reasonings=reasonings))
         if all(judgement.error for judgement in judged):
             _show(f"parity: scores are not compared: {judged[0].error}")
             return {}
@@ -224,14 +208,8 @@ def _report(name: str, parity: Parity, spec: JudgeSpec) -> None:
     wide = bound * (max(values) - min(values)) / BOUNDS_RANGE
     for what, got, limit in (("scores", parity.mean_difference, wide), ("distributions", parity.mean_distance, bound)):
         if not got <= limit:
-            logger.warning(
-                "%s: %s differ by %.4f from those of transformers, more than the %.4f "
-                "that this type should cost: compare both on your own records",
-                name,
-                what,
-                got,
-                limit,
-            )
+            far = f"differ by {got:.4f} from those of transformers, more than the {limit:.4f} that this type may cost"
+            logger.warning("%s: %s %s: compare both on your own records", name, what, far)
 
 
 def _show(text: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tract_lite.data.jsonl import read_json, read_rows, write_json
+from tract_lite.data.resume import name_of
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.metrics import evaluate, format_table
@@ -49,7 +50,9 @@ def finish_run(
     for folder in (run.folder, *filter(Path.is_dir, map(Path, cards))):
         write_model_card(run.folder, folder)
     print(f"\n{format_table(metrics['rows'])}\n")
-    print(f"judge:  {run.judges()[-1]}\nreport: {write_report(run.folder)}\nall:    {run.folder}/")
+    for judge in run.judges():
+        print(f"judge:  {judge}")
+    print(f"report: {write_report(run.folder)}\nall:    {run.folder}/")
     return metrics
 
 
@@ -62,7 +65,7 @@ def _judge(path: Path, name: str, open_judge: Callable[[], Judge], records: Sequ
             judged = judge.score_many(records, resume=path)
             return list(tqdm(judged, f"judging: {name}", len(records)))
     by_id = {row["id"]: row for row in there}
-    return [Judgement.from_row(by_id[record.id]) for record in records]
+    return [Judgement.from_row(by_id[name_of(record)]) for record in records]
 
 
 def _given_rows(
@@ -72,14 +75,14 @@ def _given_rows(
     for path in sorted((run / JUDGED).glob("*.jsonl")):
         if path.stem not in judges:
             scores = {row["id"]: row["score"] for row in read_rows(path)}
-            yield path.stem, _evaluate(held_out, [scores.get(record.id) for record in held_out])
+            yield path.stem, _evaluate(held_out, [scores.get(name_of(record)) for record in held_out])
 
 
 def _readings(judged: Sequence[Judgement], scale: ScoreScale) -> dict[str, list[float | None]]:
     """The scores of the items by each reading of their distributions."""
     draw = np.random.default_rng(0)
     sampled = [
-        None if one.error else draw.choice(scale.values, p=[one.probabilities[x] / one.mass for x in scale.labels])
+        draw.choice(scale.values, p=[one.probabilities[x] / one.mass for x in scale.labels]) if one.mass > 0 else None
         for one in judged
     ]
     return {SAMPLED: sampled, MODE: [j.mode for j in judged], RAIL: [j.score for j in judged]}

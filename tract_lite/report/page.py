@@ -56,11 +56,10 @@ def _has_terms(log: Sequence[Mapping[str, float]]) -> bool:
 
 
 def _scores_and_golds(run: Run) -> list[tuple[float, float]]:
-    """Gold score and score of each held-out item, from the stage-2 judge or, where it has judged
-    as many, from the last GGUF file by name."""
+    """Gold score and score of each held-out item, from the judge that has judged most of them: the
+    last one by name, a GGUF file before others."""
     best: list[tuple[float, float]] = []
-    judged = run / JUDGED
-    for file in (judged / "stage 2.jsonl", *sorted(judged.glob("judge-*.jsonl"))):
+    for file in sorted((run / JUDGED).glob("*.jsonl"), key=lambda file: (".gguf" in file.name, file.name)):
         pairs = [
             (row["gold"], row["score"])
             for row in read_rows(file)
@@ -135,8 +134,8 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         highest = max((max(line.get_ydata()) for line in ax.lines), default=0)
         ax.set_ylim(0, 1.1 * highest or 1)
-        ax.set_xlim(left=0)
         _tidy(ax)
+    axes[1].set_xlim(left=0)
     axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     axes[0].tick_params(labelbottom=False)
     axes[1].set_xlabel("step", color=INK)

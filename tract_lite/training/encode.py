@@ -40,16 +40,15 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
     A score between two labels keeps its value as the target; the label token is the nearest one.
 
     Raises:
-        Unusable: no score on the scale, no reasoning, the marker inside the reasoning, nothing to
-            make a prompt of, or too many tokens.
+        Unusable: no score on the scale, no reasoning or one with the marker inside, nothing to make
+            a prompt of, or too many tokens.
     """
     if record.score is None:
         raise Unusable("no gold score")
     if not spec.scale.contains(record.score):
         raise Unusable("the gold score is outside the scale")
-    reasoning = record.feedback_ids
-    if reasoning is None:
-        reasoning = vocabulary.encode(reasoning_text(record.feedback or ""))
+    given = record.feedback_ids
+    reasoning = vocabulary.encode(reasoning_text(record.feedback or "")) if given is None else list(given)
     if not reasoning:
         raise Unusable("no reasoning")
     if spec.marker in vocabulary.decode(reasoning):
@@ -69,7 +68,8 @@ def encode_records(
     records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary
 ) -> tuple[list[Example], Counter[str]]:
     """The examples of all usable records, and how many were dropped for each reason."""
-    examples, dropped = [], Counter()
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
     for record in records:
         try:
             examples.append(encode_record(record, spec, vocabulary))
@@ -78,13 +78,28 @@ def encode_records(
     return examples, dropped
 
 
+def encode_training(
+    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary
+) -> tuple[list[Example], Counter[str]]:
+    """As `encode_records`, where there must be an example.
+
+    Raises:
+        ValueError: no record can be trained on.
+    """
+    examples, dropped = encode_records(records, spec, vocabulary)
+    if not examples:
+        raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
+    return examples, dropped
+
+
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A right-padded batch: `input_ids`, `attention_mask`, `labels` (B, T), `score_positions`,
-    `targets` (B,)."""
-    longest = max(len(example.ids) for example in examples)
-    input_ids = torch.full((len(examples), longest), pad_id)
-    labels = torch.full((len(examples), longest), IGNORE_INDEX)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    """A batch with padding on the right.
+
+    `input_ids`, `attention_mask`, `labels` (B, T); `score_positions`, `targets` (B,).
+    """
+    shape = len(examples), max(len(example.ids) for example in examples)
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
+    mask = torch.zeros(shape, dtype=torch.long)
     for row, example in enumerate(examples):
         ids = torch.tensor(example.ids)
         input_ids[row, : len(ids)] = ids
@@ -103,8 +118,7 @@ class LengthGroupedSampler(Sampler):
     """Batches of similar lengths in an order that depends on the seed and the epoch alone."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
-        self._epoch = 0
+        self._lengths, self._batch_size, self._seed, self._epoch = list(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -114,5 +128,4 @@ class LengthGroupedSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        lengths, batch_size = self._lengths, self._batch_size
-        return iter(get_length_grouped_indices(lengths, batch_size, generator=generator))
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))

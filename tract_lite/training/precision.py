@@ -24,17 +24,16 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     if not torch.cuda.is_available():
         if asked == "float16":
             raise ValueError("float16 needs a GPU: ask for bfloat16 or float32 on this machine")
-        return getattr(torch, asked or "float32"), (
-            f"{asked} on the CPU, as asked" if asked else "no GPU: float32 on the CPU"
-        )
+        reason = f"{asked} on the CPU, as asked" if asked else "no GPU: float32 on the CPU"
+        return getattr(torch, asked or "float32"), reason
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     built_for = [int(arch[3:].rstrip("abf")) // 10 for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     oldest = max(TRITON_CAPABILITY, min(built_for, default=0))
     if major < oldest:
         raise RuntimeError(
-            f"{name} is too old (compute capability {major}.{minor}): the kernels of this torch "
-            f"begin at {oldest}.0; choose another GPU, on Kaggle 'GPU T4 x2'"
+            f"{name} is too old (compute capability {major}.{minor}): this torch's kernels begin at {oldest}.0; "
+            "choose another GPU, on Kaggle 'GPU T4 x2'"
         )
     if asked:
         return getattr(torch, asked), f"{asked} on {name}, as asked"

@@ -1,7 +1,7 @@
 """Checks before the first step, on a real batch: what is trained is what the method says.
 
-Training frameworks can hand out other tensors than they are asked for, or train nothing, and the
-loss still looks fine.
+A training framework may hand out other tensors than it is asked for, or train nothing, and the loss
+still looks fine.
 """
 
 from __future__ import annotations
@@ -49,13 +49,8 @@ def preflight(
         check_hidden_size(model, batch)
         loss, plain = check_loss(trainer, batch)
         count = check_gradients(trainer, batch)
-    logger.info(
-        "preflight: loss %.4f, by the plain formula %.4f; all %d LoRA B matrices get a "
-        "gradient; the score tokens are the gold labels",
-        loss,
-        plain,
-        count,
-    )
+    message = "preflight: loss %.4f, by the plain formula %.4f; all %d LoRA B matrices get a gradient"
+    logger.info(message, loss, plain, count)
 
 
 def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocabulary) -> None:
@@ -65,20 +60,18 @@ def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocab
         spelled = vocabulary.decode([example.ids[example.score_position]])
         if spelled.strip() != label.strip():
             raise RuntimeError(
-                f"preflight: the score token of a sequence spells {spelled!r}, its "
-                f"gold label is {label!r}: the spec belongs to another vocabulary"
+                f"preflight: a score token spells {spelled!r}, its gold label is {label!r}: "
+                "the spec belongs to another vocabulary"
             )
 
 
 def check_hidden_size(model: Any, batch: dict[str, torch.Tensor]) -> None:
     """The backend gives hidden states, and not logits in their place."""
-    expected = model.config.get_text_config().hidden_size
+    width = model.config.get_text_config().hidden_size
     with torch.no_grad():
         found = hidden_states(model, batch["input_ids"], batch["attention_mask"]).shape[-1]
-    if found != expected:
-        raise RuntimeError(
-            f"preflight: the hidden states are {found} wide, the model's are {expected}: {BACKEND_ADVICE}"
-        )
+    if found != width:
+        raise RuntimeError(f"preflight: the hidden states are {found} wide, the model's are {width}: {BACKEND_ADVICE}")
 
 
 def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -118,21 +111,16 @@ def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> 
     The A matrices of a new adapter get none, since B is zero.
     """
     model = trainer.model
-    matrices = {
-        name: parameter for name, parameter in model.named_parameters() if "lora_B" in name and parameter.requires_grad
-    }
+    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and weight.requires_grad}
     if not matrices:
         raise RuntimeError("preflight: the model has no LoRA adapter to train: call add_lora first")
     (trainer.loss_of(model, batch).loss * LOSS_SCALE).backward()
-    faulty = [
-        name
-        for name, matrix in matrices.items()
-        if matrix.grad is None or not matrix.grad.isfinite().all() or not matrix.grad.any()
-    ]
+    gradients = {name: matrix.grad for name, matrix in matrices.items()}
+    faulty = [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()]
     model.zero_grad()
     if faulty:
         raise RuntimeError(
-            f"preflight: {len(faulty)} of {len(matrices)} LoRA B matrices get no "
-            f"usable gradient, such as {faulty[0]}: {BACKEND_ADVICE}"
+            f"preflight: {len(faulty)} of {len(matrices)} LoRA B matrices get no usable gradient, such as "
+            f"{faulty[0]}: {BACKEND_ADVICE}"
         )
     return len(matrices)

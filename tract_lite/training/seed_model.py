@@ -1,7 +1,7 @@
 """The seed model: load it in 4 bits, attach LoRA, load an adapter, get its hidden states.
 
-The only module that knows which backend holds a model: Unsloth where CUDA is there, else
-transformers with bitsandbytes. A model that Unsloth has loaded carries a mark.
+Only this module knows the backends: Unsloth where CUDA is there, else transformers with
+bitsandbytes. A model that Unsloth has loaded carries a mark.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import importlib.util
 import logging
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from tract_lite.training.precision import pick_dtype
 logger = logging.getLogger(__name__)
 
 HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+REPACKING_SWITCH = "support_avx512bf16_for_cpu"
 UNSLOTH_MARK = "loaded_by_unsloth"
 
 
@@ -50,9 +50,8 @@ def load_seed(
         if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
             backend = "unsloth"
         elif torch.cuda.is_available():
-            logger.warning(
-                "unsloth is not installed, training is slower without it: pip install -r requirements-gpu.txt"
-            )
+            advice = "pip install -r requirements-gpu.txt"
+            logger.warning("unsloth is not installed, training is slower without it: %s", advice)
     name = str(name_or_path)
     if backend == "unsloth":
         return _load_with_unsloth(name, load_in_4bit, max_seq_length, dtype)
@@ -78,10 +77,9 @@ def open_seed_model(
     free_memory()
     model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
     # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
-    base = model.config._name_or_path
-    method = {"load_in_4bit": load_in_4bit}
-    spec = make_spec(tokenizer, scale, max_length=max_length, base_model=base, method=method, **fields)
-    return model, tokenizer, spec
+    fields["base_model"] = model.config._name_or_path
+    fields["method"] = {"load_in_4bit": load_in_4bit, "precision": str(compute_dtype(model)).removeprefix("torch.")}
+    return model, tokenizer, make_spec(tokenizer, scale, max_length=max_length, **fields)
 
 
 def free_memory() -> None:
@@ -121,8 +119,8 @@ def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -
     for module in model.modules():
         # Else bitsandbytes repacks the weights when a CPU with bfloat16 units first evaluates them:
         # it computes in bfloat16 from then on, and without a gradient.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKING_SWITCH):
+            setattr(module, REPACKING_SWITCH, False)
     return model, _with_padding(tokenizer)
 
 
@@ -149,19 +147,13 @@ def add_lora(
     from transformers import set_seed
 
     set_seed(seed)
+    modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": modules}
     if _is_unsloth(model):
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
-            model,
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            bias="none",
-            target_modules=_linear_names(model),
-            random_state=seed,
-            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
-        )
+        lora |= {"use_gradient_checkpointing": "unsloth" if gradient_checkpointing else False, "random_state": seed}
+        return FastLanguageModel.get_peft_model(model, **lora)
     from peft import LoraConfig, get_peft_model
 
     for parameter in model.parameters():
@@ -169,15 +161,7 @@ def add_lora(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-        target_modules=_linear_names(model),
-    )
-    return get_peft_model(model, config)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 def for_training(model: Any) -> None:
@@ -206,18 +190,14 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
 
     They come out of the model's own forward, so that wrappers such as DDP see the pass.
     """
-    if _is_unsloth(model):
-        with _environment(HIDDEN_STATES_SWITCH, "1"):
-            hidden = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    else:
-        hidden = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        ).hidden_states[-1]
-    return hidden
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if not _is_unsloth(model):
+        return model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    os.environ[HIDDEN_STATES_SWITCH] = "1"
+    try:
+        return model(**batch).logits
+    finally:
+        os.environ[HIDDEN_STATES_SWITCH] = "0"
 
 
 def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -231,19 +211,15 @@ def lm_head_weight(model: Any) -> torch.Tensor:
     Raises:
         ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
     """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    extras = [
-        name
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        if getattr(config, name, None) not in (None, 1, 1.0)
-    ]
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    extras = [name for name in names if getattr(config, name, None) not in (None, 1)]
     if getattr(head, "bias", None) is not None:
         extras.append("a bias")
     if extras:
         raise ValueError(
-            f"training needs a plain vocabulary projection, this seed adds {', '.join(extras)}: "
-            "choose a Llama, Mistral, Qwen or Phi seed"
+            f"training needs a plain vocabulary projection, and this seed model adds {', '.join(extras)}: "
+            "choose one of the kinds Llama, Mistral, Qwen or Phi"
         )
     return head.weight
 
@@ -253,25 +229,7 @@ def _is_unsloth(model: Any) -> bool:
     return getattr(getattr(model, "module", model), UNSLOTH_MARK, False)
 
 
-def _linear_names(model: Any) -> list[str]:
-    """The names of the linear layers inside the blocks, such as `q_proj`."""
-    head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    return sorted(linear)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+def linear_layers(model: Any) -> list[str]:
+    """The names of the linear layers inside the blocks: all but the vocabulary projection."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name, module in linear if module is not model.get_output_embeddings()]

@@ -39,11 +39,10 @@ class TrainSettings:
     """How one stage is trained.
 
     `learning_rate` None: 1e-5 as in the paper, or 2e-4 for a run of fewer than 3,000 steps.
-    `batch_size` counts the sequences of one optimiser step, over all processes;
-    `micro_batch_size` those that a process computes at once. `max_steps` ends a stage before its
-    epochs do. `optimizer` is a name of transformers, such as "paged_adamw_8bit"; `max_grad_norm` 0
-    clips nothing. Every `save_every` steps, and at the end, a checkpoint is written and the
-    validation records are scored.
+    `batch_size`: sequences of one optimiser step, over all processes; `micro_batch_size`: those
+    that a process computes at once. `max_steps` ends a stage before its epochs do. `optimizer`: a
+    name of transformers, such as "paged_adamw_8bit". `max_grad_norm` 0 clips nothing. Every
+    `save_every` steps, and at the end, a checkpoint is written and validation records are scored.
 
     Raises:
         ValueError: `batch_size` is no multiple of `micro_batch_size`.
@@ -75,10 +74,8 @@ class TrainSettings:
         """
         at_once = self.micro_batch_size * processes
         if self.batch_size % at_once:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
-                f"({self.micro_batch_size})" + (f" x {processes} processes" * (processes > 1))
-            )
+            divisor = f"micro_batch_size ({self.micro_batch_size})" + f" x {processes} processes" * (processes > 1)
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of {divisor}")
         return self.batch_size // at_once
 
     def steps(self, examples: int) -> int:
@@ -93,6 +90,8 @@ class TrainSettings:
             return self.learning_rate, "as asked"
         if steps >= PAPER_STEPS:
             return PAPER_LEARNING_RATE, "the paper's"
-        return SHORT_RUN_LEARNING_RATE, (
-            f"{steps} steps are too few for the paper's {PAPER_LEARNING_RATE:g}, which suits its 25,000"
-        )
+        reason = f"{steps} steps are too few for the paper's {PAPER_LEARNING_RATE:g}, which suits its 25,000"
+        return SHORT_RUN_LEARNING_RATE, reason
+
+
+DEFAULT_SETTINGS = TrainSettings()

@@ -18,10 +18,10 @@ from tract_lite.data.resume import claim
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.encode import Example, encode_records, encode_training
 from tract_lite.training.preflight import preflight
 from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
-from tract_lite.training.settings import ADAPTER, RESULT_FILE, SeedOptions, TrainSettings
+from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SeedOptions, TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer, is_complete
 from tract_lite.vocabulary import TransformersVocabulary
 
@@ -37,30 +37,30 @@ def train_adapter(
     *,
     seed_model: str | Path,
     scale: ScoreScale,
-    settings: TrainSettings = TrainSettings(),
+    settings: TrainSettings = DEFAULT_SETTINGS,
     validation: Sequence[Record] = (),
     gradient_checkpointing: bool = True,
     **options: Unpack[SeedOptions],
 ) -> Path:
     """Train one stage: load the seed model, train a new adapter on the records, free the model.
 
-    `seed_model` is a folder or a hub id. `settings` and `validation` are those of `train_stage`,
-    which leaves its files in `out`. A stage that is there is not trained again, and one that was
-    stopped goes on. Returns the folder of the adapter: `Judge.from_adapter` judges with it.
+    `seed_model`: a folder or a hub id. `settings` and `validation` as for `train_stage`, which
+    leaves its files in `out`. A stage that is there is not trained again, and one that was stopped
+    goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
 
     Raises:
-        ValueError: no record can be trained on, or `out` holds a stage of other records or
-            settings.
+        ValueError: no usable record, or `out` holds a stage of other records or settings.
         RuntimeError: the preflight found a fault, or the GPU's memory is too small.
 
     Source: TRACT, section 3 (both stages).
     """
     out = Path(out)
-    asked = {"seed_model": str(seed_model), "scale": asdict(scale), "settings": asdict(settings)}
-    how = {**asked, **options, "records": _digest(records), "validation": _digest(validation)}
-    if "sampling" in options:
-        how["sampling"] = asdict(options["sampling"])
     if PartialState().is_main_process:
+        # What is not given is None, so that it differs from what was.
+        how = {**dict.fromkeys(SeedOptions.__annotations__), **options, "seed_model": str(seed_model)}
+        how |= {"sampling": options.get("sampling") and asdict(options["sampling"])}
+        how |= {"scale": asdict(scale), "settings": asdict(settings)}
+        how |= {"records": _digest(records), "validation": _digest(validation)}
         if not ((out / RESULT_FILE).exists() or newest_complete_checkpoint(out)):
             # Nothing is trained yet, so nothing is lost.
             (out / HOW_FILE).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def train_adapter(
     if not (out / RESULT_FILE).exists():
         model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
         spec = replace(spec, method={**spec.method, **asdict(settings)})
-        model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
+        model = add_lora(model, gradient_checkpointing=gradient_checkpointing, seed=settings.seed)
         train_stage(model, tokenizer, records, spec, out, settings, validation=validation)
         del model
         free_memory()
@@ -87,17 +87,17 @@ def train_stage(
     records: Sequence[Record],
     spec: JudgeSpec,
     out_dir: str | Path,
-    settings: TrainSettings = TrainSettings(),
+    settings: TrainSettings = DEFAULT_SETTINGS,
     *,
     validation: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """Train the adapter of `model` (from `add_lora`) on records with reasonings and gold scores.
 
-    With `validation` records, their expected scores after their own reasonings are measured at each
-    checkpoint (Pearson, RMSE), and the adapter with the lowest RMSE is kept; else the last one.
-    Goes on from the newest complete checkpoint in `out_dir`. Writes the adapter and its spec to
-    `out_dir/adapter` and, last, `out_dir/stage.json`, which is returned: counts of examples and of
-    dropped records by reason, settings, the step that is kept, log.
+    `validation` records are scored after their own reasonings at each checkpoint (Pearson, RMSE),
+    and the adapter with the lowest RMSE is kept; without them, the last one. Goes on from the
+    newest complete checkpoint in `out_dir`. Writes the adapter and its spec to `out_dir/adapter`
+    and, last, `out_dir/stage.json`, which is returned: counts of examples and of dropped records
+    by reason, settings, the step that is kept, log.
 
     Raises:
         ValueError: no record can be trained on, or the batch can't be split over the processes.
@@ -105,12 +105,10 @@ def train_stage(
     """
     out_dir = Path(out_dir)
     vocabulary = TransformersVocabulary(tokenizer)
-    examples, dropped = encode_records(records, spec, vocabulary)
+    examples, dropped = encode_training(records, spec, vocabulary)
     validated, unscored = encode_records(validation, spec, vocabulary)
     _warn(dropped, len(records), "records")
     _warn(unscored, len(validation), "validation records")
-    if not examples:
-        raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
     for_training(model)
     trainer = CotRaftTrainer(model, examples, spec, tokenizer, out_dir, settings, validated)
     try:
@@ -118,13 +116,12 @@ def train_stage(
         trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     except torch.OutOfMemoryError as error:
         raise RuntimeError(_memory_advice(examples, settings)) from error
-    step = _take_best(trainer, out_dir)
     result = {
         "records": len(records),
         "examples": len(examples),
         "dropped": dict(dropped),
         "validation": len(validated),
-        "kept_step": step,
+        "kept_step": _take_best(trainer, out_dir),
         "tokens_read": trainer.total_tokens,
         "settings": asdict(settings),
         "learning_rate": trainer.args.learning_rate,
@@ -141,9 +138,8 @@ def train_stage(
 
 def newest_complete_checkpoint(folder: Path) -> str | None:
     """The checkpoint with the most steps among those that were written to the end."""
-    complete = filter(is_complete, folder.glob("checkpoint-*"))
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
+    complete = [path for path in folder.glob("checkpoint-*") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def _take_best(trainer: CotRaftTrainer, out_dir: Path) -> int:
@@ -154,8 +150,7 @@ def _take_best(trainer: CotRaftTrainer, out_dir: Path) -> int:
     last, best = trainer.state.global_step, trainer.state.best_global_step
     if best in (None, last):
         return last
-    adapter = load_file(out_dir / f"checkpoint-{best}" / SAFETENSORS_WEIGHTS_NAME)
-    set_peft_model_state_dict(trainer.model, adapter)
+    set_peft_model_state_dict(trainer.model, load_file(out_dir / f"checkpoint-{best}" / SAFETENSORS_WEIGHTS_NAME))
     logger.info("kept the adapter of step %d of %d, the best on the validation records", best, last)
     return best
 
@@ -166,13 +161,9 @@ def _warn(dropped: dict[str, int], count: int, what: str) -> None:
 
 
 def _memory_advice(examples: Sequence[Example], settings: TrainSettings) -> str:
-    longest = max(len(example.ids) for example in examples)
-    smaller = (
-        "a smaller micro_batch_size, "
-        if settings.micro_batch_size > 1
-        else "a smaller max_length (longer records are dropped), "
-    )
+    count, longest = settings.micro_batch_size, max(len(example.ids) for example in examples)
+    smaller = "micro_batch_size" if count > 1 else "max_length (longer records are dropped)"
     return (
-        f"out of GPU memory with {settings.micro_batch_size} sequences of up to {longest} "
-        f"tokens at once: take {smaller}gradient checkpointing, or a smaller seed"
+        f"out of GPU memory with {count} sequences of up to {longest} tokens at once: take a smaller {smaller}, "
+        "gradient checkpointing, or a smaller seed model"
     )

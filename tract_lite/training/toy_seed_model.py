@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Iterator, Sequence
 
 import sentencepiece
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tract_lite.data.files import cache_folder
 from tract_lite.data.formats import record_to_row
+from tract_lite.loss import cot_raft_loss
 from tract_lite.prompt import render
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import DEFAULT_TEMPLATE, JudgeSpec, make_spec
-from tract_lite.training.encode import Example, collate, encode_records
+from tract_lite.training.encode import Example, collate, encode_training
 from tract_lite.vocabulary import TransformersVocabulary
 
 logger = logging.getLogger(__name__)
@@ -40,21 +43,28 @@ def make_toy_seed_model(
     """The folder of a toy seed model that has learnt to answer `records`; trained at first use.
 
     `vocabulary_size` in tokens; `steps` of training; `fields` are further ones of the spec.
+
+    Raises:
+        ValueError: no record can be trained on.
     """
     source = Path(__file__).read_text(encoding="utf-8")
-    content = [source, vocabulary_size, steps, list(map(record_to_row, records)), scale.labels]
-    folder = cache_folder() / f"toy_seed-{digest([*content, fields.get('template')])}"
+    chosen = {name: fields.get(name) for name in ("template", "marker", "max_length")}
+    content = [source, vocabulary_size, steps, list(map(record_to_row, records)), scale.labels, chosen]
+    folder = cache_folder() / f"toy_seed_model-{digest(content)}"
     if folder.exists():
         logger.info("the toy seed model is at %s", folder)
         return folder
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    unfinished.mkdir(parents=True)
-    _train_vocabulary(unfinished, _texts(records, scale, fields), vocabulary_size)
-    tokenizer = AutoTokenizer.from_pretrained(unfinished)
-    model = _train_model(records, make_spec(tokenizer, scale, **fields), tokenizer, steps)
-    # Real seeds come in 16 bits; so does this one.
-    model.to(torch.bfloat16).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary, "model")
+        unfinished.mkdir()
+        _train_vocabulary(unfinished, _texts(records, scale, fields), vocabulary_size)
+        tokenizer = AutoTokenizer.from_pretrained(unfinished)
+        model = _train_model(records, make_spec(tokenizer, scale, **fields), tokenizer, steps)
+        # Real seed models come in 16 bits; so does this one.
+        model.bfloat16().save_pretrained(unfinished)
+        # Of two processes, the first one gives it.
+        if not folder.exists():
+            os.replace(unfinished, folder)
     return folder
 
 
@@ -74,8 +84,8 @@ def _train_vocabulary(folder: Path, texts: Iterator[str], size: int) -> None:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    config = {**SPECIALS, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": False}))
+    config = {**SPECIALS, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _texts(records: Sequence[Record], scale: ScoreScale, fields: dict[str, Any]) -> Iterator[str]:
@@ -89,32 +99,37 @@ def _texts(records: Sequence[Record], scale: ScoreScale, fields: dict[str, Any])
 
 def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, steps: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=8192,
-            initializer_range=0.05,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=8192,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer))
+    model = LlamaForCausalLM(config)
+    examples, _ = encode_training(records, spec, TransformersVocabulary(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, step / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    ids, values = torch.tensor(spec.label_ids), torch.tensor(spec.scale.values)
     for _, batch in zip(tqdm(range(steps), "toy seed model"), _batches(examples)):
         inputs = collate(batch, pad_id=0)
         # Right padding is behind all real tokens, so the causal mask is enough.
-        loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        hidden = model.model(inputs["input_ids"]).last_hidden_state
+        supervised = [inputs[name] for name in ("labels", "score_positions")]
+        loss = cot_raft_loss(
+            hidden, model.lm_head.weight, *supervised, ids, values, inputs["targets"], raft_weight=0.0
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        cosine.step()
     return model
 
 
@@ -124,6 +139,5 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     by_length = sorted(examples, key=lambda example: len(example.ids))
     while True:
         start = draw.randrange(len(by_length))
-        longest = len(by_length[min(start + BATCH_SIZE, len(by_length)) - 1].ids)
-        count = max(1, min(BATCH_SIZE, BATCH_TOKENS // longest))
-        yield by_length[start : start + count]
+        batch = by_length[start : start + BATCH_SIZE]
+        yield batch[: max(1, BATCH_TOKENS // len(batch[-1].ids))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import torch
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tract_lite.data.jsonl import write_json
 from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
@@ -32,6 +33,8 @@ SHOWN_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens
 class CotRaftTrainer(Trainer):
     """Trains an adapter on examples and, with `validation`, scores these at each checkpoint."""
 
+    model: Any
+
     def __init__(
         self,
         model: Any,
@@ -45,7 +48,7 @@ class CotRaftTrainer(Trainer):
         steps = settings.steps(len(examples))
         learning_rate, reason = settings.pick_learning_rate(steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)", len(examples), steps, learning_rate, reason)
-        arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), "steps" if validation else "no")
+        arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), bool(validation))
         arguments.gradient_accumulation_steps = settings.accumulation(arguments.world_size)
         self.settings = settings
         self._lengths = [len(example.ids) for example in examples]
@@ -125,7 +128,7 @@ class CotRaftTrainer(Trainer):
 
 
 def _arguments(
-    settings: TrainSettings, out_dir: Path, learning_rate: float, dtype: torch.dtype, eval_strategy: str
+    settings: TrainSettings, out_dir: Path, learning_rate: float, dtype: torch.dtype, validated: bool
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out_dir),
@@ -144,7 +147,7 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(),
         save_steps=settings.save_every,
         save_total_limit=2,
-        eval_strategy=eval_strategy,
+        eval_strategy="steps" if validated else "no",
         eval_steps=settings.save_every,
         metric_for_best_model="rmse",
         greater_is_better=False,
@@ -159,18 +162,18 @@ def _arguments(
     return arguments
 
 
-def _agreement(scored: EvalPrediction) -> dict[str, float]:
+def _agreement(scored: Any) -> dict[str, float]:
+    """Of the validation records, the figures by which a checkpoint is chosen."""
     figures = evaluate(scored.predictions, scored.label_ids)
     # Of constant predictions there is no correlation.
-    return {name: figures[name] for name in ("pearson", "rmse") if figures[name] == figures[name]}
+    return {name: figures[name] for name in ("pearson", "rmse") if not math.isnan(figures[name])}
 
 
 class _Meter:
     """Means of the loss terms since the last reading, tokens per second, peak memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._peak_bytes = 0
+        self._device, self._peak_bytes = device, 0
         self._reset()
 
     def _reset(self) -> None:
@@ -182,31 +185,21 @@ class _Meter:
         self._peak_bytes = max(self._peak_bytes, _memory_in_use())
         errors = (result.predictions - inputs["targets"])[result.predictions.isfinite()].abs()
         count = torch.tensor(len(errors), device=self._device)
-        self._sums += torch.stack(
-            [
-                result.ce,
-                result.raft,
-                errors.sum(),
-                count,
-                count / inputs["num_sequences"],
-                inputs["attention_mask"].sum(),
-            ]
-        )
+        steps, tokens = count / inputs["num_sequences"], inputs["attention_mask"].sum()
+        self._sums += torch.stack([result.ce, result.raft, errors.sum(), count, steps, tokens])
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """The figures of all processes together."""
-        sums = accelerator.reduce(self._sums, "sum").tolist()
-        ce, squared, absolute, scores, steps, tokens = sums
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        figures = {
+        ce, squared, absolute, scores, steps, tokens = accelerator.reduce(self._sums, "sum").tolist()
+        seconds = time.perf_counter() - self._since
+        self._reset()
+        return {
             "ce": ce / max(steps, 1e-9),
             "raft": squared / max(steps, 1e-9),
             "score_mae": absolute / max(scores, 1),
             "tokens_per_second": tokens / seconds,
             "peak_memory_gb": self._peak_bytes / 2**30,
         }
-        self._reset()
-        return figures
 
 
 def _memory_in_use() -> int:

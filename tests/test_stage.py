@@ -1,64 +1,58 @@
+"""The training of a stage: its loss, its steps, its checkpoints, and what it leaves."""
+
+from __future__ import annotations
+
 import json
-import os
-import random
-import signal
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_family, make_sentences, make_spm
+from stages import (
+    SAVING,
+    SCALE,
+    SHORT,
+    load,
+    make_records,
+    python_environment,
+    small_seed_model,
+    trained_weights,
+    weights_in,
+)
 
 from tract_lite.judge import Judge
 from tract_lite.loss import cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.spec import JudgeSpec, Sampling, make_spec
+from tract_lite.training import stage
 from tract_lite.training.encode import LengthGroupedSampler, collate, encode_records
-from tract_lite.training.seed_model import add_lora, hidden_states, lm_head_weight, load_seed
+from tract_lite.training.seed_model import add_lora, hidden_states, lm_head_weight, load_seed, open_seed_model
 from tract_lite.training.settings import RESULT_FILE, TrainSettings
-from tract_lite.training.stage import newest_complete_checkpoint, train_stage
+from tract_lite.training.stage import newest_complete_checkpoint, train_adapter, train_stage
+from tract_lite.training.toy_seed_model import make_toy_seed_model
 from tract_lite.training.trainer import COMPLETE_FILE, CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
 
-SHORT = dict(batch_size=4, micro_batch_size=2, learning_rate=1e-2, log_every=1, epochs=3)
+trains = pytest.mark.training
+STAGE: dict[str, Any] = {"scale": SCALE, "settings": SAVING, "load_in_4bit": False, "max_length": 128}
+ONE_STEP = TrainSettings(batch_size=4, micro_batch_size=4, max_steps=1)
 
 
 @pytest.fixture(scope="module")
-def seed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    return make_family(folder / "seed", make_spm(folder / "spm", make_sentences()), "llama", layers=1)
+def seed_model(shared_once):
+    return small_seed_model(shared_once)
 
 
-def make_records(count: int = 10, seed: int = 0) -> list[Record]:
-    """Responses whose first word tells the score."""
-    rng = random.Random(seed)
-    words = ("wrong", "short", "kind", "clear", "right")
-    records = []
-    for n in range(count):
-        score = rng.randrange(5)
-        filler = " ".join(rng.choices(words, k=rng.randint(1, 9)))
-        records.append(
-            Record(prompt=f"{words[score]} {filler}\n", score=score + 1.0, feedback=f"It is {words[score]}.", id=str(n))
-        )
-    return records
-
-
-def load(seed: Path):
-    model, tokenizer = load_seed(seed, False, backend="transformers")
-    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
-    return add_lora(model), tokenizer, spec
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed, tmp_path):
-    model, tokenizer, spec = load(seed)
+@trains
+def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
     result = train_stage(
         model,
         tokenizer,
@@ -76,25 +70,27 @@ def test_a_stage_lowers_the_loss_and_leaves_an_adapter_with_its_spec(seed, tmp_p
     assert result["examples"] == result["records"] == 16 and result["dropped"] == {}
 
 
+@trains
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 on the CPU")
-def test_a_stage_in_bfloat16_learns_as_well(seed, tmp_path):
-    model, tokenizer = load_seed(seed, False, backend="transformers", precision="bfloat16")
+def test_a_stage_in_bfloat16_learns_as_well(seed_model, tmp_path):
+    model, tokenizer = load_seed(seed_model, False, backend="transformers", precision="bfloat16")
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
     settings = TrainSettings(**{**SHORT, "learning_rate": 2e-2, "epochs": 8})
     log = train_stage(add_lora(model), tokenizer, make_records(), spec, tmp_path, settings)["log"]
     losses = [entry["ce"] for entry in log if "ce" in entry]
     assert losses[-1] < 0.6 * losses[0]
-    assert {weight.dtype for weight in adapter_of(tmp_path).values()} == {torch.float32}
+    assert {weight.dtype for weight in weights_in(tmp_path / "adapter").values()} == {torch.float32}
 
 
 # Plain gradient descent shows the scale of a gradient; Adam hides it.
 DESCENT = dict(optimizer="sgd", scheduler="constant", warmup_ratio=0, max_grad_norm=0, log_every=1)
 
 
-def test_a_step_at_learning_rate_1_ends_in_the_same_weights_however_it_is_split(seed, tmp_path):
+@trains
+def test_a_step_at_learning_rate_1_ends_in_the_same_weights_however_it_is_split(seed_model, tmp_path):
     results = []
     for size in (8, 4, 2, 1):
-        model, tokenizer, spec = load(seed)
+        model, tokenizer, spec = load(seed_model)
         before = trained_weights(model)
         settings = TrainSettings(batch_size=8, micro_batch_size=size, learning_rate=1.0, max_steps=1, **DESCENT)
         train_stage(model, tokenizer, make_records(8), spec, tmp_path / str(size), settings)
@@ -109,11 +105,12 @@ def test_a_step_at_learning_rate_1_ends_in_the_same_weights_however_it_is_split(
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
 
+@trains
 @pytest.mark.parametrize("ce_on_score", [True, False])
-def test_the_micro_batch_size_changes_no_weight(seed, tmp_path, ce_on_score):
+def test_the_micro_batch_size_changes_no_weight(seed_model, tmp_path, ce_on_score):
     results = []
     for size in (8, 4, 2, 1):
-        model, tokenizer, spec = load(seed)
+        model, tokenizer, spec = load(seed_model)
         examples, _ = encode_records(make_records(20), spec, TransformersVocabulary(tokenizer))
         settings = TrainSettings(
             batch_size=8,
@@ -139,9 +136,10 @@ def test_the_micro_batch_size_changes_no_weight(seed, tmp_path, ce_on_score):
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5 * moved)
 
 
+@trains
 @pytest.mark.parametrize("ce_on_score", [True, False])
-def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed, tmp_path, ce_on_score):
-    model, tokenizer, spec = load(seed)
+def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed_model, tmp_path, ce_on_score):
+    model, tokenizer, spec = load(seed_model)
     examples, _ = encode_records(make_records(8), spec, TransformersVocabulary(tokenizer))
     batch = collate(examples, tokenizer.pad_token_id)
     with torch.no_grad():
@@ -173,77 +171,174 @@ def test_a_batch_that_is_no_multiple_of_its_micro_batches_is_refused(micro_batch
         TrainSettings(batch_size=8, micro_batch_size=micro_batch_size)
 
 
-KILLED = """
-import os, signal
+# Each child is killed at the start of a step; they are forks, so that the imports are made once.
+KILL = """
+import os, signal, sys
 from pathlib import Path
-from test_train import SHORT, load, make_records
-from tract_lite.settings import TrainSettings
-from tract_lite.train import train_stage
-from tract_lite.trainer import CotRaftTrainer
+from stages import SAVING, SCALE, make_records
+from tract_lite.training.stage import train_adapter
+from tract_lite.training.trainer import CotRaftTrainer
 
-compute = CotRaftTrainer.compute_loss
-def compute_or_die(self, *args, **options):
-    if self.state.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute(self, *args, **options)
-CotRaftTrainer.compute_loss = compute_or_die
+def killed_at(step, out):
+    compute = CotRaftTrainer.compute_loss
+    def compute_or_die(self, *args, **options):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(self, *args, **options)
+    CotRaftTrainer.compute_loss = compute_or_die
+    train_adapter(make_records(), out, seed_model=sys.argv[1], scale=SCALE, settings=SAVING,
+                  validation=make_records(6, seed=1), load_in_4bit=False, max_length=128)
 
-model, tokenizer, spec = load(Path({seed!r}))
-train_stage(model, tokenizer, make_records(), spec, {out!r}, TrainSettings(save_every=2, **SHORT),
-            validation=make_records(6, seed=1))
+for step in map(int, sys.argv[3:]):
+    child = os.fork()
+    if not child:
+        try:
+            killed_at(step, Path(sys.argv[2], str(step)))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 """
-
-
-def python_environment() -> dict[str, str]:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def train_short(seed: Path, out: Path) -> dict:
-    model, tokenizer, spec = load(seed)
-    return train_stage(
-        model,
-        tokenizer,
-        make_records(),
-        spec,
-        out,
-        TrainSettings(save_every=2, **SHORT),
-        validation=make_records(6, seed=1),
-    )
+KILLS = {1: None, 5: 4, 8: 8}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(seed, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    return out, train_short(seed, out)
+def killed(shared_once, seed_model):
+    """Stages that were killed at a step, by its number."""
+
+    def make(out: Path) -> None:
+        command = [sys.executable, "-c", KILL, str(seed_model), str(out), *map(str, KILLS)]
+        done = subprocess.run(command, env=python_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return shared_once("killed_stages", make)
 
 
-@pytest.mark.parametrize("step, checkpoint", [(1, None), (5, 4), (8, 8)])
-def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(seed, uninterrupted, tmp_path, step, checkpoint):
-    out = tmp_path / "killed"
-    code = KILLED.format(step=step, seed=str(seed), out=str(out))
-    killed = subprocess.run([sys.executable, "-c", code], env=python_environment(), capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    newest = newest_complete_checkpoint(out)
-    assert newest == (str(out / f"checkpoint-{checkpoint}") if checkpoint else None)
+def train_whole(seed_model: Path, out: Path) -> Path:
+    return train_adapter(make_records(), out, seed_model=seed_model, validation=make_records(6, seed=1), **STAGE)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_once, seed_model):
+    return shared_once("stage", lambda out: train_whole(seed_model, out))
+
+
+@trains
+@pytest.mark.parametrize("step, checkpoint", KILLS.items())
+def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(
+    seed_model, uninterrupted, killed, tmp_path, step, checkpoint
+):
+    # A run folder may be moved before it goes on.
+    out = shutil.copytree(killed / str(step), tmp_path / "moved")
+    assert newest_complete_checkpoint(out) == (str(out / f"checkpoint-{checkpoint}") if checkpoint else None)
+    assert not (out / RESULT_FILE).exists()
     # What a run killed while it saves leaves behind.
     half = out / f"checkpoint-{step + 1}"
-    half.mkdir(parents=True)
+    half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
-
-    # A run folder may be moved before it goes on.
-    moved = out.rename(tmp_path / "moved")
-    result = train_short(seed, moved)
-    whole_folder, whole = uninterrupted
+    adapter = train_whole(seed_model, out)
+    result, whole = (json.loads((folder / RESULT_FILE).read_text()) for folder in (out, uninterrupted))
     assert result["log"][-1]["step"] == whole["log"][-1]["step"] == 9
     assert result["kept_step"] == whole["kept_step"]
-    resumed = adapter_of(moved)
-    for name, weight in adapter_of(whole_folder).items():
+    resumed = weights_in(adapter)
+    for name, weight in weights_in(uninterrupted / "adapter").items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
-def test_the_adapter_that_agrees_best_with_the_validation_records_is_kept(seed, tmp_path):
-    model, tokenizer, spec = load(seed)
+@trains
+def test_a_stage_that_is_there_is_not_trained_again(seed_model, uninterrupted, tmp_path, monkeypatch):
+    out = shutil.copytree(uninterrupted, tmp_path / "stage")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(stage, "open_seed_model", lambda *_, **__: pytest.fail("the seed model was loaded"))
+    assert train_whole(seed_model, out) == out / "adapter"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@trains
+@pytest.mark.parametrize("where", ["uninterrupted", "killed"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"records": make_records(11)}, "records: '.*' there, '.*' now"),
+        ({"records": [replace(make_records()[0], feedback="It is so."), *make_records()[1:]]}, "records: '"),
+        ({"validation": ()}, "validation: '"),
+        (
+            {"settings": replace(SAVING, raft_weight=2.0)},
+            "settings: .*'raft_weight': 1.0.* there, .*'raft_weight': 2.0.* now",
+        ),
+        ({"scale": ScoreScale.integers(1, 4)}, "scale: .* there"),
+        ({"seed_model": "other"}, "seed_model: '.*' there, 'other' now"),
+        ({"max_length": 64}, "max_length: 128 there, 64 now"),
+        ({"sampling": Sampling(top_p=0.5)}, "sampling: None there, .*'top_p': 0.5.* now"),
+        ({"template": "{{ response }}"}, "template: None there"),
+        # What was chosen, and is left open now, is another choice.
+        ({"load_in_4bit": ...}, "load_in_4bit: False there, None now"),
+    ],
+)
+def test_a_stage_of_something_else_is_refused_with_what_differs(
+    seed_model, uninterrupted, killed, tmp_path, where, change, words
+):
+    # One that is done, and one with a checkpoint.
+    out = shutil.copytree(uninterrupted if where == "uninterrupted" else killed / "5", tmp_path / "stage")
+    names = sorted(path.name for path in out.iterdir())
+    asked = {"records": make_records(), "validation": make_records(6, seed=1), "seed_model": seed_model, **STAGE}
+    asked = {name: value for name, value in {**asked, **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match=f"other settings, choose another output or these:\n  {words}") as refusal:
+        train_adapter(asked.pop("records"), out, **asked)
+    assert len(str(refusal.value).splitlines()) == 2
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
+@trains
+def test_a_start_that_trained_nothing_leaves_the_folder_free_for_other_settings(seed_model, tmp_path):
+    asked = {**STAGE, "seed_model": seed_model, "settings": ONE_STEP}
+    with pytest.raises(ValueError, match="out of 10: .*longer than 8 tokens"):
+        train_adapter(make_records(), tmp_path, **{**asked, "max_length": 8})
+    with pytest.raises(ValueError, match="each label must be one token"):
+        train_adapter(make_records(), tmp_path, **{**asked, "scale": ScoreScale.integers(1, 12)})
+    adapter = train_adapter(make_records(), tmp_path, **asked)
+    assert JudgeSpec.load(adapter).max_length == 128
+
+
+@trains
+@pytest.mark.parametrize("load_in_4bit, precision", [(True, "float32"), (False, "bfloat16")])
+def test_what_is_asked_of_the_seed_model_reaches_the_spec(seed_model, tmp_path, load_in_4bit, precision):
+    asked = {
+        "template": "{{ response }}",
+        "marker": "the score is",
+        "sampling": Sampling(temperature=0.5, max_new_tokens=7),
+        "max_length": 100,
+    }
+    loaded = {"load_in_4bit": load_in_4bit, "precision": precision}
+    records = [replace(record, prompt=None, response=record.prompt) for record in make_records(4)]
+    stage = {"seed_model": seed_model, "scale": SCALE, "settings": ONE_STEP, **asked, **loaded}
+    spec = JudgeSpec.load(train_adapter(records, tmp_path, **stage))
+    assert replace(spec, **asked) == spec and spec.scale == SCALE and spec.base_model == str(seed_model)
+    assert spec.method.items() >= {**loaded, "max_steps": 1, "raft_weight": 1.0}.items()
+
+
+@trains
+def test_the_seed_of_the_settings_is_that_of_the_adapter(seed_model, tmp_path):
+    asked = {**STAGE, "seed_model": seed_model}
+    first, second = (
+        weights_in(train_adapter(make_records(4), tmp_path / str(seed), **{**asked, "settings": settings}))
+        for seed, settings in ((1, replace(ONE_STEP, seed=1)), (2, replace(ONE_STEP, seed=2)))
+    )
+    assert not any(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
+
+
+@trains
+def test_a_trained_adapter_judges_as_the_model_that_was_trained(seed_model, tmp_path):
+    model, tokenizer, spec = open_seed_model(seed_model, SCALE, max_length=128, sampling=Sampling(max_new_tokens=8))
+    model = add_lora(model)
+    train_stage(model, tokenizer, make_records(), spec, tmp_path, TrainSettings(**{**SHORT, "max_steps": 3}))
+    with Judge.from_model(model, tokenizer, spec) as trained, Judge.from_adapter(tmp_path) as judge:
+        asked = make_records(3, seed=2)
+        assert list(judge.score_many(asked)) == list(trained.score_many(asked))
+
+
+@trains
+def test_the_adapter_that_agrees_best_with_the_validation_records_is_kept(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
     settings = TrainSettings(**{**SHORT, "learning_rate": 0.3}, scheduler="constant", warmup_ratio=0, save_every=1)
     result = train_stage(model, tokenizer, make_records(), spec, tmp_path, settings, validation=make_records(6, 1))
     rmse = {entry["step"]: entry["eval_rmse"] for entry in result["log"] if "eval_rmse" in entry}
@@ -252,12 +347,13 @@ def test_the_adapter_that_agrees_best_with_the_validation_records_is_kept(seed, 
     kept = result["kept_step"]
     assert rmse[kept] == min(rmse.values()) and kept != 9
     checkpoint = load_file(tmp_path / f"checkpoint-{kept}" / "adapter_model.safetensors")
-    for name, weight in adapter_of(tmp_path).items():
+    for name, weight in weights_in(tmp_path / "adapter").items():
         torch.testing.assert_close(weight, checkpoint[name], rtol=0, atol=0)
 
 
-def test_validation_scores_are_those_of_a_judge_given_the_same_reasonings(seed, tmp_path):
-    model, tokenizer, spec = load(seed)
+@trains
+def test_validation_scores_are_those_of_a_judge_given_the_same_reasonings(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
     held_out = make_records(7, seed=1)
     settings = TrainSettings(**{**SHORT, "max_steps": 3})
     result = train_stage(model, tokenizer, make_records(), spec, tmp_path, settings, validation=held_out)
@@ -274,7 +370,8 @@ TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
-from test_train import descend, trained_weights
+from stages import trained_weights
+from test_stage import descend
 trainer = descend(Path({seed!r}), Path({out!r}), micro_batch_size=2)
 # At once: the other process writes to the same place.
 sys.stdout.write("processes: %d\\n" % trainer.accelerator.num_processes)
@@ -285,9 +382,9 @@ if trainer.is_world_process_zero():
 """
 
 
-def descend(seed: Path, out: Path, micro_batch_size: int) -> CotRaftTrainer:
+def descend(seed_model: Path, out: Path, micro_batch_size: int) -> CotRaftTrainer:
     """Two epochs of two steps each of plain gradient descent, with a validation at each step."""
-    model, tokenizer, spec = load(seed)
+    model, tokenizer, spec = load(seed_model)
     vocabulary = TransformersVocabulary(tokenizer)
     examples, _ = encode_records(make_records(16), spec, vocabulary)
     validated, _ = encode_records(make_records(5, seed=1), spec, vocabulary)
@@ -299,14 +396,10 @@ def descend(seed: Path, out: Path, micro_batch_size: int) -> CotRaftTrainer:
     return trainer
 
 
-def trained_weights(model) -> dict[str, torch.Tensor]:
-    named = model.named_parameters()
-    return {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
-
-
-def test_two_processes_take_the_steps_of_one(seed, tmp_path):
+@trains
+def test_two_processes_take_the_steps_of_one(seed_model, tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(seed=str(seed), out=str(tmp_path / "two")))
+    script.write_text(TWO_PROCESSES.format(seed=str(seed_model), out=str(tmp_path / "two")))
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     options = "--mixed_precision no --dynamo_backend no --main_process_port 0"
     done = subprocess.run(
@@ -317,7 +410,7 @@ def test_two_processes_take_the_steps_of_one(seed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("processes: 2") == 2
-    alone = descend(seed, tmp_path / "one", micro_batch_size=4)
+    alone = descend(seed_model, tmp_path / "one", micro_batch_size=4)
     expected, found = trained_weights(alone.model), load_file(tmp_path / "two/weights.safetensors")
     moved = max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name)
     assert moved > 1e-2
@@ -354,8 +447,9 @@ def test_only_a_checkpoint_whose_files_are_all_there_is_resumed_from(tmp_path):
     assert newest_complete_checkpoint(tmp_path) is None
 
 
-def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):
-    model, tokenizer, spec = load(seed)
+@trains
+def test_dropped_records_are_counted_with_their_reasons(seed_model, tmp_path, caplog):
+    model, tokenizer, spec = load(seed_model)
     bad = [
         Record(prompt="x", feedback="y"),
         Record(prompt="x", score=1.0),
@@ -370,8 +464,9 @@ def test_dropped_records_are_counted_with_their_reasons(seed, tmp_path, caplog):
     assert "2 of 9 records are dropped: no reasoning" in caplog.text
 
 
-def test_no_usable_record_is_an_error_with_the_reasons(seed, tmp_path):
-    model, tokenizer, spec = load(seed)
+@trains
+def test_no_usable_record_is_an_error_with_the_reasons(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
     with pytest.raises(ValueError, match="out of 2: .*no gold score.*2"):
         train_stage(model, tokenizer, [Record(prompt="x", feedback="y")] * 2, spec, tmp_path)
     assert not (tmp_path / RESULT_FILE).exists()
@@ -395,3 +490,49 @@ def test_the_order_depends_on_seed_and_epoch_alone_and_misses_nothing():
     assert sorted(order(0, 0)) == list(range(40))
     assert order(0, 0) == order(0, 0) != order(0, 1)
     assert order(0, 0) != order(5, 0)
+
+
+def toy_seed_model(**options: Any) -> Path:
+    return make_toy_seed_model(make_records(40), SCALE, **{"vocabulary_size": 400, "max_length": 128, **options})
+
+
+@trains
+def test_a_toy_seed_model_has_learnt_to_answer_its_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACT_LITE_CACHE", str(tmp_path))
+    losses = []
+    for steps in (1, 40):
+        model, tokenizer, spec = open_seed_model(toy_seed_model(steps=steps), SCALE, load_in_4bit=False, max_length=128)
+        examples, dropped = encode_records(make_records(40), spec, TransformersVocabulary(tokenizer))
+        assert len(examples) == 40 and not dropped
+        batch = collate(examples, 0)
+        with torch.no_grad():
+            losses.append(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item())
+    assert losses[1] < 0.3 * losses[0]
+    assert model.config.vocab_size <= 400
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@trains
+def test_a_toy_seed_model_is_made_once_for_its_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACT_LITE_CACHE", str(tmp_path))
+    folder = toy_seed_model(steps=1)
+    weights = (folder / "model.safetensors").stat()
+    # The sampling changes nothing of it.
+    assert toy_seed_model(steps=1, sampling=Sampling(top_p=0.5)) == folder
+    assert (folder / "model.safetensors").stat() == weights
+    others = {
+        toy_seed_model(**{"steps": 1, **change})
+        for change in ({"steps": 2}, {"max_length": 100}, {"marker": "the score"})
+    }
+    assert len({folder, *others}) == 4 == len(list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"vocabulary_size": 5}, "[Vv]ocab"), ({"max_length": 8}, "out of 40: .*longer than 8 tokens': 40")],
+)
+def test_a_toy_seed_model_that_can_not_be_made_says_why_and_leaves_nothing(tmp_path, monkeypatch, options, words):
+    monkeypatch.setenv("TRACT_LITE_CACHE", str(tmp_path))
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        toy_seed_model(steps=1, **options)
+    assert not list(tmp_path.iterdir())

@@ -3,18 +3,16 @@ from types import SimpleNamespace
 
 import llama_cpp
 import pytest
-from tiny import make_llama, make_sentences, make_spm
+from tiny import make_plain_judge
 
-from tract_lite.engines import llama_cpp as llama
-from tract_lite.engines.llama_cpp import Context, load_model
-from tract_lite.export.gguf import export_gguf
+from tract_lite.engines.context import Context
+from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.llama_cpp import has_amx, load_model
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
-    return export_gguf(folder / "model", folder / "model.gguf", "f32")
+def path(shared_once):
+    return shared_once("plain_judge", make_plain_judge) / "judge.gguf"
 
 
 @pytest.fixture
@@ -36,41 +34,45 @@ def pretend(monkeypatch, words: str) -> None:
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: text.encode())
 
 
-def load(path, **options) -> None:
-    llama_cpp.llama_model_free(load_model(path, vocab_only=True, **options))
+AMX = pytest.mark.parametrize("words, amx", [("AVX512 = 1", False), ("AMX_INT8 = 0", False), ("AMX_INT8 = 1", True)])
 
 
-@pytest.mark.parametrize("by_default", [True, False])
-def test_weights_are_never_repacked_unasked_where_amx_could_crash(path, loaded, by_default, monkeypatch, caplog):
-    monkeypatch.setattr(llama, "REPACK", by_default)
-    pretend(monkeypatch, "AMX_INT8 = 1")
-    with caplog.at_level(logging.INFO, logger="tract_lite.llama"):
-        load(path)
-    assert [params.use_extra_bufts for params in loaded] == [False]
-    assert "AMX" in caplog.text
-
-
-@pytest.mark.parametrize("words", ["AVX512 = 1", "AMX_INT8 = 0"])
-@pytest.mark.parametrize("by_default", [True, False])
-def test_without_amx_the_default_decides_on_repacking(path, loaded, words, by_default, monkeypatch):
-    monkeypatch.setattr(llama, "REPACK", by_default)
+@AMX
+def test_a_processor_with_amx_is_known_by_llama_cpp_s_words(words, amx, monkeypatch):
     pretend(monkeypatch, words)
-    load(path)
-    assert [params.use_extra_bufts for params in loaded] == [by_default]
+    assert has_amx() == amx
 
 
-def test_who_asks_for_repacked_weights_or_against_them_is_heard(path, loaded, monkeypatch):
-    pretend(monkeypatch, "AMX_INT8 = 1")
+@AMX
+def test_weights_are_never_repacked_unasked(path, loaded, words, amx, monkeypatch, caplog):
+    pretend(monkeypatch, words)
+    with caplog.at_level(logging.INFO, logger="tract_lite"):
+        llama_cpp.llama_model_free(load_model(path, vocab_only=True))
+        LlamaEngine(path, threads=1, parallel=1).close()
+    assert [params.use_extra_bufts for params in loaded] == [False, False]
+    assert not caplog.records
+
+
+def test_who_asks_for_repacked_weights_gets_them(path, loaded, monkeypatch):
+    pretend(monkeypatch, "AMX_INT8 = 0")
     for chosen in (True, False):
-        load(path, use_extra_bufts=chosen)
+        with LlamaEngine(path, threads=1, parallel=1, repack=chosen) as engine:
+            assert engine.shape["repack"] == chosen
     assert [params.use_extra_bufts for params in loaded] == [True, False]
+
+
+def test_who_asks_for_repacked_weights_where_they_crash_is_refused(path, loaded, monkeypatch):
+    pretend(monkeypatch, "AMX_INT8 = 1")
+    with pytest.raises(ValueError, match="has AMX: leave repack off"):
+        LlamaEngine(path, repack=True)
+    assert not loaded
 
 
 @pytest.mark.parametrize("share, why", [(0.5, "not within the file bounds"), (0.01, "failed to")])
 def test_a_torn_file_gives_one_line_that_says_why_and_nothing_louder(path, share, why, tmp_path, caplog, capfd):
     whole, torn = path.read_bytes(), tmp_path / "torn.gguf"
     torn.write_bytes(whole[: int(share * len(whole))])
-    caplog.set_level(logging.DEBUG, logger="tract_lite.llama")
+    caplog.set_level(logging.DEBUG, logger="tract_lite.engines.llama_cpp")
     with pytest.raises(ValueError, match=why) as refusal:
         load_model(torn)
     assert "\n" not in str(refusal.value) and str(torn) in str(refusal.value)

@@ -1,15 +1,19 @@
+import copy
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import make_llama, make_sentences, make_spm
+from tiny import gguf_weights, make_plain_judge, make_sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import TopPLogitsWarper
 
+from tract_lite.engines.llama import LlamaEngine
 from tract_lite.engines.task import Task
-from tract_lite.engines.transformers import TransformersEngine, _SeededSampler
+from tract_lite.engines.transformers import TransformersEngine
+from tract_lite.judge import Judge
 from tract_lite.prompt import cut_reasoning
+from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import Sampling, make_spec
 from tract_lite.training.seed_model import add_lora, load_seed
@@ -18,9 +22,8 @@ LENGTH = 24
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torch_engine")
-    return make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
+def folder(shared_once):
+    return shared_once("plain_judge", make_plain_judge) / "model"
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +141,13 @@ def test_tokens_are_drawn_with_their_probabilities(model, tokenizer, spec):
         assert abs(drawn.count([token]) - mean) < 5 * deviation
 
 
-def test_a_small_top_p_leaves_the_most_likely_token(model, tokenizer, spec):
-    prompt = make_tasks(spec, tokenizer)[2].prompt
-    drawn = sampled_with(model, tokenizer, spec, prompt, range(20), temperature=3.0, top_p=1e-9, max_new_tokens=3)
-    assert drawn == [drawn[0]] * 20
+@pytest.mark.parametrize("top_p", [0.0, 1e-9])
+def test_a_small_top_p_leaves_the_most_likely_token(model, tokenizer, spec, top_p):
+    engine = TransformersEngine(model, tokenizer, replace(spec, sampling=Sampling(max_new_tokens=3)))
+    rule = {"temperature": 3.0, "repetition_penalty": 1.0, "max_new_tokens": 3}
+    for task in make_tasks(spec, tokenizer, 3):
+        drawn = sampled_with(model, tokenizer, spec, task.prompt, range(20), top_p=top_p, **rule)
+        assert drawn == [greedy(model, engine.spec, engine, task.prompt)] * 20
 
 
 def test_given_reasonings_are_read_and_not_sampled(model, tokenizer, spec):
@@ -195,13 +201,53 @@ def test_a_spec_of_another_vocabulary_is_refused(model, tokenizer, spec):
         TransformersEngine(model, tokenizer, replace(spec, pieces=("x",) * len(spec.pieces)))
 
 
-def test_tokens_are_drawn_from_the_nucleus_that_transformers_would_keep():
-    count = 20_000
-    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
-    kept = TopPLogitsWarper(0.9)(None, logits).softmax(-1)[0]
-    sampler = _SeededSampler(Sampling(top_p=0.9, repetition_penalty=1.0), range(count), 1)
-    started = torch.zeros(count, 1, dtype=torch.long)
-    drawn = sampler(started, logits.expand(count, -1)).argmax(-1).bincount(minlength=50) / count
-    assert ((drawn > 0) <= (kept > 0)).all()
-    # Five standard errors of a share: a false alarm in one of 30,000 changes of the seeds.
-    assert ((drawn - kept).abs() <= 5 * (kept * (1 - kept) / count).sqrt()).all()
+@pytest.fixture(scope="module")
+def small_weights(model, folder, tmp_path_factory):
+    """The model with a quarter of its weights, and its GGUF file.
+
+    Both libraries then round alike to some 8 digits, which hardly ever decides on a token.
+    """
+    path = shutil.copy(folder.parent / "judge.gguf", tmp_path_factory.mktemp("small"))
+    for weight in gguf_weights(path).values():
+        weight /= 1 if weight.ndim == 1 else 4
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter /= 1 if parameter.dim() == 1 else 4
+    return model, path
+
+
+@pytest.mark.parametrize("rule", [{}, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3}, {"top_p": 0.0}])
+def test_llama_cpp_writes_the_same_reasonings_for_the_same_seeds(small_weights, tokenizer, spec, rule):
+    model, path = small_weights
+    spec = replace(spec, sampling=replace(spec.sampling, **rule))
+    tasks = make_tasks(spec, tokenizer, 6)
+    ours = answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)
+    with LlamaEngine(path, spec, parallel=4, threads=1, flash_attention=False, cache_type="f32") as engine:
+        theirs = answers_of(engine, tasks)
+    for one, other in zip(ours, theirs, strict=True):
+        for sample, twin in zip(one, other, strict=True):
+            assert (sample.reasoning, sample.truncated) == (twin.reasoning, twin.truncated)
+            np.testing.assert_allclose(sample.label_log_probabilities, twin.label_log_probabilities, atol=1e-4)
+    written = {tuple(sample.reasoning) for samples in ours for sample in samples}
+    assert len(written) == (6 if rule.get("top_p") == 0 else 12) and max(map(len, written)) == LENGTH
+
+
+def test_a_record_that_the_model_can_not_compute_fails_alone(model, tokenizer, spec):
+    spec = replace(spec, template="{{ response }}")
+    texts = ["honest", "clear and right", "2024", "of any kind"]
+    [broken_id] = tokenizer("2024", add_special_tokens=False)["input_ids"][-1:]
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[broken_id] = torch.nan
+    records = [Record(response=text, id=text) for text in texts]
+    healthy, found = (
+        list(Judge.from_model(each, tokenizer, spec, parallel=8).score_many(records, n_cot=2))
+        for each in (model, broken)
+    )
+    assert [judgement.id for judgement in found if judgement.error] == ["2024"]
+    assert found[2].error == "the model's probabilities are not numbers (NaN)" and not healthy[2].error
+    for one, other in zip(healthy, found):
+        if not other.error:
+            assert one.feedback_ids == other.feedback_ids
+            assert one.scores == pytest.approx(other.scores, abs=1e-6)

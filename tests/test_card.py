@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tract_lite import JudgeSpec, ScoreScale, evaluate
-from tract_lite.report.card import write_model_card
+from tract_lite import JudgeSpec, Record, ScoreScale, evaluate, write_model_card, write_records
+from tract_lite.data.jsonl import write_rows
 
 SEED, DATA = "someone/Seed-7B-bnb-4bit", "someone/Judged-Texts"
 SPEC = JudgeSpec(
@@ -72,11 +73,11 @@ def test_a_hub_reads_the_header_and_misses_the_licence(tmp_path: Path) -> None:
 def test_the_metrics_come_with_their_item_counts_and_intervals(tmp_path: Path) -> None:
     figures = evaluate([1.1, 2.2, None, 3.0], [1, 2, 3, 3])
     constant = evaluate([2.0, 2.0], [1, 2])
-    parity = {"records": 4, "different_prompts": 0, "mean_difference": 0.0123,
-              "largest_difference": 0.0456}  # fmt: skip
+    parity = {"records": 4, "different_prompts": 0, "mean_difference": 0.0123, "largest_difference": 0.0456}
     metrics = {"rows": {"CoT-RAIL": figures, "constant": constant}, "parity": {"j.gguf": parity}}
     run = make_run(tmp_path, metrics=metrics)
-    shown = section(write_model_card(run), "Metrics")
+    # Cells are padded, for those who read the card as text.
+    shown = re.sub(" +", " ", section(write_model_card(run), "Metrics"))
     low, high = figures["intervals"]["rmse"]
     assert f"| {figures['rmse']:.3f} [{low:.3f}, {high:.3f}] |" in shown
     assert "| CoT-RAIL | 3 |" in shown and "| 0.750 |" in shown
@@ -85,12 +86,16 @@ def test_the_metrics_come_with_their_item_counts_and_intervals(tmp_path: Path) -
 
 
 def test_data_and_settings_are_those_of_the_run(tmp_path: Path) -> None:
-    counts = {"training_records": 1240, "self_generated": {"kept": 7, "rejected": {"empty": 2}}}
-    run = make_run(tmp_path, settings={"data": DATA, "preset": "t4"}, counts=counts)
+    run = make_run(tmp_path, settings={"data": DATA, "preset": "t4"}, counts={"bad_rows": 1240})
+    records = [Record(response=str(n), score=1.0, feedback="Good.", id=str(n)) for n in range(7)]
+    write_records(run / "training.jsonl", records)
+    write_records(run / "self_generated.jsonl", records[:5])
+    write_rows(run / "self_generated.rejected.jsonl", [{"reason": "empty"}, {"reason": "too long"}])
     card = write_model_card(run)
     data, settings = section(card, "Data"), section(card, "Settings")
-    assert f"- source: {DATA}\n- training records: 1,240\n" in data
-    assert "- self generated: 7 kept, 2 rejected\n" in data
+    assert f"- source: {DATA}\n- bad rows: 1,240\n- training records: 7\n" in data
+    assert "held out" not in data
+    assert "- self generated: 5 kept, 2 rejected\n" in data
     assert "- stage 2: 1,190 sequences trained on, 10 dropped, 40 for validation" in data
     assert "- preset: t4\n" in settings
     assert "- stage 2: epochs 2.0, learning_rate 0.0002, kept step 75\n" in settings

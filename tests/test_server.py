@@ -4,20 +4,21 @@ import math
 import shutil
 import threading
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import llama_cpp
 import numpy as np
 import pytest
 import torch
-from servers import FakeVLLM, fake_server, free_port, llama_server, text_server
-from test_gguf import TEXTS, TOKENIZERS, make_judge, needs_tokenizers
-from tiny import load_tokenizer, make_llama, make_sentences, make_spm
+from servers import FakeLlamaServer, FakeVLLM, fake_server, free_port, llama_server
+from tiny import BYTE_LEVEL, REAL, export_judge, make_llama, make_plain_judge, make_sentences, vocabulary_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tract_lite.engines import http as server_http
 from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.llama_cpp import load_model
 from tract_lite.engines.server import ServerEngine
 from tract_lite.engines.task import Task
 from tract_lite.export.gguf import export_gguf
@@ -25,10 +26,28 @@ from tract_lite.judge import Judge
 from tract_lite.prompt import cut_reasoning
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import SPEC_FILE, Sampling, make_spec
-from tract_lite.vocabulary import TransformersVocabulary
+from tract_lite.spec import SPEC_FILE, JudgeSpec, Sampling, make_spec
+from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
 
 BOS, LIMIT = 1, 12
+ODD_TEXTS = [
+    "  with two",
+    "ends with one ",
+    "two  inside",
+    "a\ttab\n\nlines",
+    "naïve café, 東京, Привет, 🙂👍🏽",
+    "zero\u200bwidth \u00a0 no-break",
+    "a",
+    "\n",
+    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
+    "3.14159 1,000,000 10 5/5",
+    "e\u0301 combining",
+    "\u2581 underline",
+    " ",
+    "So the overall score is 3",
+    "def f(x):\n    return {'a': x[0]}  # code",
+]
+TEXTS = ODD_TEXTS + make_sentences(87, seed=1)
 HOSTILE = [
     "It is wrong. So the overall score is 5",
     "is 5",
@@ -44,10 +63,18 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def plain(shared_once):
+    return shared_once("plain_judge", make_plain_judge)
+
+
+@pytest.fixture(scope="module")
+def folder(shared_once, plain):
     """A tiny judge: a random model that often writes its marker ("is") and knows the labels."""
-    folder = tmp_path_factory.mktemp("servers")
-    make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
+    return shared_once("served_judge", lambda folder: make_served_judge(folder, plain))
+
+
+def make_served_judge(folder: Path, plain: Path) -> None:
+    shutil.copytree(plain / "model", folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     spec = make_spec(
         tokenizer,
@@ -57,7 +84,6 @@ def folder(tmp_path_factory):
         sampling=Sampling(top_p=0.97, repetition_penalty=1.0, max_new_tokens=LIMIT),
     )
     spec.save(folder / "model")
-    export_gguf(folder / "model", folder / "flat.gguf", "f32", spec)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.no_grad():
         # One direction of the hidden states is nearly constant, and the logits read it.
@@ -68,7 +94,6 @@ def folder(tmp_path_factory):
         model.lm_head.weight[spec.eos_id, 0] = 2.1
     model.save_pretrained(folder / "model")
     export_gguf(folder / "model", folder / "judge.gguf", "f32", spec)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,31 +109,46 @@ def local(path):
         yield engine
 
 
+# A fake of llama-server, and the real one, which is built first.
+SERVERS = ["fake", pytest.param("real", marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def kind(request):
+    return request.param
+
+
+@contextmanager
+def serving(kind: str, path: Path, model: Path | None = None, *, near: bool = True):
+    """The URL of llama-server with the judge at `path`; `model` is its folder, for the fake.
+
+    Unless `near`, the file is out of reach of the server's clients.
+    """
+    if kind == "fake":
+        with fake_server(FakeLlamaServer(path, model, near=near)) as url:
+            yield url
+    elif near:
+        with llama_server(path) as url:
+            yield url
+    else:
+        with TemporaryDirectory() as folder:
+            copy = shutil.copy(path, folder)
+            with llama_server(Path(copy)) as url:
+                Path(copy).unlink()
+                yield url
+
+
 @pytest.fixture(scope="module")
-def url(path):
-    with llama_server(path) as url:
+def url(kind, folder, path):
+    with serving(kind, path, folder / "model") as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def far_url(path, tmp_path_factory):
+def far_url(kind, folder, path):
     """A server whose file is out of reach."""
-    copy = tmp_path_factory.mktemp("far") / "judge.gguf"
-    shutil.copy(path, copy)
-    with llama_server(copy) as url:
-        copy.unlink()
+    with serving(kind, path, folder / "model", near=False) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def text_url(path):
-    with text_server(path) as url:
-        yield url
-
-
-@pytest.fixture(autouse=True)
-def no_long_waits(monkeypatch):
-    monkeypatch.setattr(server_http, "_back_off", lambda state: 0.02)
 
 
 def make_tasks(local: LlamaEngine, count: int, n_cot: int = 1) -> list[Task]:
@@ -178,7 +218,7 @@ class FakeServer:
 
 
 def open_fake(url, path, **options) -> ServerEngine:
-    return ServerEngine(url, spec=path, **{"timeout": 5.0, "retries": 2, **options})
+    return ServerEngine(url, spec=path, **{"timeout": 5.0, "retries": 2, "back_off": 0.01, **options})
 
 
 def test_scores_are_those_of_the_engine_in_process_for_the_same_reasonings(url, local):
@@ -248,13 +288,13 @@ def test_tokens_are_sampled_by_the_judge_s_settings_and_seed_alone(url, local, f
     assert len(set(chosen)) > 3
 
 
-def test_labels_beyond_the_top_are_within_the_bound(folder):
+def test_labels_beyond_the_top_are_within_the_bound(kind, plain, folder):
     """A model that spreads its probability thinly, half of it over parts of characters."""
-    path, values = folder / "flat.gguf", np.arange(1.0, 6.0)
+    path, values, spec = plain / "judge.gguf", np.arange(1.0, 6.0), JudgeSpec.load(folder / "model")
     with (
-        LlamaEngine(path, threads=1, flash_attention=False, cache_type="f32") as local,
-        llama_server(path) as url,
-        ServerEngine(url) as engine,
+        LlamaEngine(path, spec, threads=1, flash_attention=False, cache_type="f32") as local,
+        serving(kind, path, plain / "model") as url,
+        ServerEngine(url, spec=spec) as engine,
     ):
         tasks = make_tasks(local, 20)
         answers = dict(engine.run(tasks))
@@ -293,29 +333,43 @@ def test_texts_that_look_like_markers_and_special_tokens_move_nothing(url, local
 
 def test_far_from_its_file_the_server_s_own_tokenizer_gives_the_same_ids(url, far_url, local):
     with ServerEngine(far_url, spec=local.spec) as engine, ServerEngine(url) as near:
-        vocabulary = engine.vocabulary
-        assert type(vocabulary) is not type(local.vocabulary)
-        for text in [*TEXTS, *HOSTILE]:
-            ids = local.vocabulary.encode(text)
-            assert vocabulary.encode(text) == ids
-            assert vocabulary.decode(ids) == local.vocabulary.decode(ids)
+        assert_same_vocabulary(engine, local.vocabulary)
         tasks = make_tasks(local, 4)
         expected, answers = dict(near.run(tasks)), dict(engine.run(tasks))
     for index in expected:
         assert reasonings(answers[index]) == reasonings(expected[index])
 
 
-@needs_tokenizers
-def test_a_byte_level_vocabulary_is_the_same_over_http(tmp_path):
-    spec = make_judge(tmp_path / "model", TOKENIZERS / "gpt-2", hidden=32, layers=1)
-    path = export_gguf(tmp_path / "model", tmp_path / "judge.gguf")
-    with LlamaEngine(path, threads=1) as local, llama_server(path, slots=1) as url:
-        path.unlink()
+def assert_same_vocabulary(engine: ServerEngine, vocabulary: Vocabulary) -> None:
+    assert type(engine.vocabulary) is not type(vocabulary)
+    for text in [*TEXTS, *HOSTILE]:
+        ids = vocabulary.encode(text)
+        assert engine.vocabulary.encode(text) == ids
+        assert engine.vocabulary.decode(ids) == vocabulary.decode(ids)
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, *(name for name in REAL if name != "llama-spm")])
+def test_a_byte_level_vocabulary_is_the_same_over_http(name):
+    path = vocabulary_folder(name) / "vocab.gguf"
+    spec = make_spec(AutoTokenizer.from_pretrained(path.parent), ScoreScale.integers(1, 5))
+    model = load_model(path, vocab_only=True)
+    try:
+        with fake_server(FakeLlamaServer(path, near=False)) as url, ServerEngine(url, spec=spec) as engine:
+            assert_same_vocabulary(engine, GGUFVocabulary(model))
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["space and digit", *(name for name in REAL if name == "gpt-2")])
+def test_a_byte_level_vocabulary_is_the_same_over_http_with_the_real_server(name, tmp_path):
+    make_llama(tmp_path / "model", vocabulary_folder(name), hidden=32, layers=1)
+    spec = make_spec(AutoTokenizer.from_pretrained(tmp_path / "model"), ScoreScale.integers(1, 5), max_length=256)
+    spec.save(tmp_path / "model")
+    path = export_judge(name, tmp_path / "model", tmp_path / "judge.gguf")
+    with LlamaEngine(path, threads=1) as local, serving("real", path, near=False) as url:
         with ServerEngine(url, spec=spec) as engine:
-            for text in [*TEXTS, *HOSTILE]:
-                ids = local.vocabulary.encode(text)
-                assert engine.vocabulary.encode(text) == ids
-                assert engine.vocabulary.decode(ids) == local.vocabulary.decode(ids)
+            assert_same_vocabulary(engine, local.vocabulary)
 
 
 def test_far_from_its_file_a_spec_is_asked_for(far_url, folder, path):
@@ -337,12 +391,10 @@ def test_the_spec_of_another_judge_is_refused(far_url, local, other):
 def test_what_does_not_fit_is_answered_with_an_error_and_the_rest_goes_on(url, local):
     tasks = make_tasks(local, 4)
     tasks[1] = Task([BOS] * 300, [0])
-    tasks[2] = Task(tasks[2].prompt, [])
     with ServerEngine(url) as engine:
         answers = dict(engine.run(tasks))
     assert str(answers[1]) == "prompt of 300 tokens does not fit in the context of 250 tokens"
-    assert isinstance(answers[2], ValueError)
-    assert len(answers[0]) == len(answers[3]) == 1
+    assert [len(answers[n]) for n in (0, 2, 3)] == [1] * 3
 
 
 def test_a_penalty_that_servers_apply_otherwise_is_left_out_with_a_warning(url, local, caplog):
@@ -423,118 +475,23 @@ def test_a_vllm_that_answers_otherwise_ends_the_run(folder, local, fields, error
             list(engine.run(make_tasks(local, 1)))
 
 
-def test_a_server_of_text_gives_nearly_the_same_scores(text_url, local, caplog):
-    tasks = make_tasks(local, 4)
-    expected = dict(local.run(tasks))
-    with ServerEngine(text_url) as engine:
-        answers = dict(engine.run(with_reasonings(tasks, expected)))
-    for index, [sample] in answers.items():
-        # Two tokens of this vocabulary have the text "3", and the server tells of one alone.
-        found, exact = np.exp([log_probabilities(a[index])[0] for a in (answers, expected)])
-        np.testing.assert_allclose(found, exact, atol=1e-3)
-        assert abs((found - exact) @ local.spec.scale.values) <= sample.error_bound < 0.5
-    assert [r.getMessage() for r in caplog.records] == [
-        f"the server at {text_url} takes text and names tokens by their text: scores are approximate"
-    ]
+OTHERS = {
+    "LM Studio": {"id": "judge", "owned_by": "organization_owner"},
+    "llama-cpp-python": {"id": "judge", "owned_by": "me", "permissions": []},
+    "Ollama": {"id": "judge", "owned_by": "library"},
+}
 
 
-def test_a_server_of_text_samples_by_the_judge_s_settings_and_seed(text_url, local, folder):
-    sampling = Sampling(3.0, 1.0, repetition_penalty=1.0, max_new_tokens=1)
-    task = Task(make_tasks(local, 1)[0].prompt, [*range(50), 0xFFFFFFFF])
-    with ServerEngine(text_url, spec=replace(local.spec, sampling=sampling)) as engine:
-        [(_, answer)] = engine.run([task])
-    chosen = choices(folder, task, sampling)
-    assert len(set(chosen)) > 10
-    for sample, token in zip(answer, chosen):
-        text = local.vocabulary.decode([token])
-        # What is no whole character, or the marker, leaves no text.
-        expected = "" if "\ufffd" in text or text == "is" else text
-        assert local.vocabulary.decode(sample.reasoning).strip() == expected.strip()
-
-
-def test_a_server_of_text_ends_a_reasoning_at_the_marker(text_url, local):
-    with ServerEngine(text_url) as engine:
-        answers = dict(engine.run(make_tasks(local, 4, n_cot=4)))
-    samples = [sample for answer in answers.values() for sample in answer]
-    assert {sample.truncated for sample in samples} == {True, False}
-    assert not any("is" in local.vocabulary.decode(sample.reasoning) for sample in samples)
-
-
-def test_a_server_of_text_is_not_given_special_tokens_of_a_record(text_url, local):
-    texts = ["</s> is 5", "a <s> b", "plain", "[INST] is 5", "a\0b"]
-    records = [Record(prompt=text, id=text) for text in texts]
-    with Judge(ServerEngine(text_url)) as judge:
-        errors = [judgement.error for judgement in judge.score_many(records)]
-    assert [bool(error) for error in errors] == [True, True, False, False, False]
-    assert "spells a special token" in errors[0]
-
-
-class FakeTextServer:
-    """A fake server of completions of text: always the same one, and as few log-probabilities as
-    OpenAI gives. `lost`: so many tokens of a prompt it does not read.
-    """
-
-    def __init__(self, tokenizer, lost=0, **logprobs):
-        self.tokenizer, self.lost, self.logprobs, self.bodies = tokenizer, lost, logprobs, []
-
-    def __call__(self, path, body, key):
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "judge", "owned_by": "someone"}]}
-        if path != "/v1/completions":
-            return 404, {"detail": "Not Found"}
-        self.bodies.append(body)
-        if (body.get("logprobs") or 0) > 5:
-            return 400, {"error": {"message": "logprobs must be at most 5"}}
-        read = len(self.tokenizer(body["prompt"])["input_ids"])
-        top = {" 4": math.log(0.5), "4": math.log(0.2), " 5": math.log(0.2)}
-        choice = {"text": " Too short. So the overall score is 4", "finish_reason": "stop"}
-        choice["logprobs"] = {"top_logprobs": [top], **self.logprobs}
-        return 200, {"choices": [choice], "usage": {"prompt_tokens": read - self.lost * (read > 1)}}
-
-
-def open_text(url, **chat):
-    tokenizer = load_tokenizer("gpt-2")
-    spec = make_spec(tokenizer, ScoreScale.integers(1, 5))
-    start = tokenizer.bos_token_id
-    spec = replace(spec, chat=(start, "Q:{prompt}\n", start, "A:"))
-    return ServerEngine(url, spec=spec, vocabulary=TransformersVocabulary(tokenizer))
-
-
-def test_a_server_of_text_is_asked_in_the_chat_format_and_in_openai_s_terms():
-    server = FakeTextServer(load_tokenizer("gpt-2"))
-    with fake_server(server) as url, Judge(open_text(url)) as judge:
-        judgement = judge.score(Record(prompt="Is it naïve? 🙂"))
-        refused = list(judge.score_many([Record(prompt="x<|endoftext|>y")]))
-    assert "spells a special token" in refused[0].error
-    assert judgement.feedback == ["Too short."]
-    # Of two tokens that look alike, the label is the one that the marker's space belongs to.
-    assert judgement.probabilities == pytest.approx({"1": 0, "2": 0, "3": 0, "4": 0.5, "5": 0.2})
-    *_, write, read = server.bodies
-    prompt = "<|endoftext|>Q:Is it naïve? 🙂\n<|endoftext|>A:"
-    assert write["prompt"] == prompt
-    assert read["prompt"] == f"{prompt} Too short. So the overall score is"
-    standard = {"model", "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "logprobs"}
-    assert set(write) | set(read) <= standard and read["logprobs"] == 5
-
-
-def test_a_server_of_text_that_cuts_prompts_is_noticed():
-    with fake_server(FakeTextServer(load_tokenizer("gpt-2"), lost=4)) as url:
-        with Judge(open_text(url)) as judge:
-            [judgement] = judge.score_many([Record(prompt="Is it naïve? 🙂")])
-    assert "start it with a longer context" in judgement.error
-
-
-def test_a_server_of_text_that_tells_nothing_of_the_end_answers_with_an_error():
-    with fake_server(FakeTextServer(load_tokenizer("gpt-2"), top_logprobs=[])) as url:
-        with Judge(open_text(url)) as judge:
-            [judgement] = judge.score_many([Record(prompt="Is it naïve?")])
-    assert "would rather have ended" in judgement.error
-
-
-def test_a_server_of_text_without_log_probabilities_is_refused(path):
-    with text_server(path, logits_all=False) as url:
-        with pytest.raises(RuntimeError, match="--logits_all true"):
-            ServerEngine(url)
+@pytest.mark.parametrize("card", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("props", [(404, {"detail": "Not Found"}), (200, "a page"), (200, {"models": []})])
+def test_a_server_of_text_is_refused_with_what_to_do_instead(path, card, props):
+    pages = {"/v1/models": (200, {"data": [card]}), "/props": props}
+    with fake_server(lambda page, *_: pages[page]) as url, pytest.raises(RuntimeError) as refusal:
+        open_fake(url, path)
+    assert str(refusal.value) == (
+        f"the server at {url} is neither llama-server nor vLLM, which alone take token ids: "
+        "judge with the GGUF file itself, or serve it with llama-server"
+    )
 
 
 @pytest.mark.parametrize("bad", ["127.0.0.1:8080", "ftp://127.0.0.1", "http://", "http://host:port", ""])

@@ -1,5 +1,6 @@
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import llama_cpp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llama_cpp import llama_perf_context
-from tiny import make_llama, make_sentences, make_spm
+from tiny import gguf_weights, make_llama, make_plain_judge, make_sentences
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import (
@@ -21,6 +22,7 @@ from tract_lite.engines import llama as engine_module
 from tract_lite.engines.llama import LlamaEngine, default_parallel
 from tract_lite.engines.llama_cpp import cache_bytes, load_model, quiet_llama
 from tract_lite.engines.task import Task
+from tract_lite.export.converter import quantize
 from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
@@ -29,11 +31,8 @@ BOS = 1
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine")
-    make_spm(folder / "spm", make_sentences())
-    make_llama(folder / "model", folder / "spm")
-    return folder
+def folder(shared_once):
+    return shared_once("plain_judge", make_plain_judge)
 
 
 def spec_for(folder, marker: str, **sampling) -> JudgeSpec:
@@ -43,13 +42,12 @@ def spec_for(folder, marker: str, **sampling) -> JudgeSpec:
 
 @pytest.fixture(scope="module")
 def spec(folder):
-    """A spec with a marker so short that a random model writes it now and then."""
-    return spec_for(folder, "the", max_new_tokens=60)
+    return JudgeSpec.load(folder / "model")
 
 
 @pytest.fixture(scope="module")
-def path(folder, spec):
-    return export_gguf(folder / "model", folder / "judge.gguf", "f32", spec)
+def path(folder):
+    return folder / "judge.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -271,15 +269,19 @@ def topic_prompt(rng: random.Random, length: int, topic: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def trained(folder, shared_once):
     """A folder with a judge that has learnt to read the topic of prompts of 10 to 2,000 tokens.
 
     The label is the topic's in 6 of 10 cases, so that the distribution is neither flat nor sure.
     """
-    make_llama(folder / "trained", folder / "spm", 4.0, context=2304)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "trained")
+    return shared_once("topic_judge", lambda out: teach_topics(out, folder / "spm"))
+
+
+def teach_topics(folder, spm) -> None:
+    make_llama(folder, spm, 4.0, context=2304)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=2304)
-    model, rng = AutoModelForCausalLM.from_pretrained(folder / "trained"), random.Random(0)
+    model, rng = AutoModelForCausalLM.from_pretrained(folder), random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
         length = int(math.exp(rng.uniform(math.log(10), math.log(2000))))
@@ -292,14 +294,14 @@ def trained(folder):
         F.cross_entropy(logits, torch.tensor(labels)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(folder / "trained")
-    spec.save(folder / "trained")
-    return folder / "trained"
+    model.save_pretrained(folder)
+    spec.save(folder)
+    export_gguf(folder, folder / "judge-f32.gguf", "f32", check=False)
 
 
 @pytest.fixture(scope="module")
 def trained_path(trained):
-    return export_gguf(trained, trained / "judge-f32.gguf", "f32")
+    return trained / "judge-f32.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +352,10 @@ def test_in_float32_label_logits_and_probabilities_are_those_of_transformers(
         np.testing.assert_allclose(np.exp(sample.label_log_probabilities), probabilities[index], atol=1e-4)
 
 
-def test_in_float16_with_the_defaults_probabilities_are_near_those_of_transformers(trained, long_tasks):
+def test_in_float16_with_the_defaults_probabilities_are_near_those_of_transformers(trained_path, long_tasks, tmp_path):
     tasks, _, probabilities = long_tasks
-    with LlamaEngine(export_gguf(trained, trained / "judge-f16.gguf", "f16")) as engine:
+    quantize(trained_path, tmp_path / "judge-f16.gguf", "f16")
+    with LlamaEngine(tmp_path / "judge-f16.gguf") as engine:
         answers = dict(engine.run(tasks))
     found = np.exp([answers[index][0].label_log_probabilities for index in range(len(tasks))])
     np.testing.assert_allclose(found, probabilities, atol=1e-2)
@@ -417,6 +420,7 @@ def test_a_run_tells_its_shape(path):
         shape = dict(engine.shape)
     assert shape.pop("system") == llama_cpp.llama_print_system_info().decode()
     assert shape == {
+        "model": "judge.gguf",
         "parallel": 3,
         "context_length": 100,
         "threads": 1,
@@ -442,13 +446,10 @@ def test_where_it_is_left_open_parallel_follows_from_the_size_of_the_cache(path)
         assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40
 
 
-def test_an_item_that_the_model_can_not_compute_does_not_stop_the_others(folder, path, spec):
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[300] = math.nan
-    broken = make_llama(folder / "broken", folder / "spm")
-    model.save_pretrained(broken)
-    with open_engine(export_gguf(broken, folder / "broken.gguf", "f32", spec), parallel=1) as engine:
+def test_an_item_that_the_model_can_not_compute_does_not_stop_the_others(path, tmp_path):
+    broken = shutil.copy(path, tmp_path / "broken.gguf")
+    gguf_weights(broken)["token_embd.weight"][300] = math.nan
+    with open_engine(broken, parallel=1) as engine:
         healthy = [BOS, *range(310, 330)]
         answers = dict(engine.run([Task(healthy, [0]), Task([*healthy, 300], [0])]))
     assert np.isfinite(scores(answers[0])).all() and np.isnan(scores(answers[1])).all()

@@ -1,0 +1,78 @@
+"""Random judges that several test files share: seed models, adapters on them, GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import FAMILIES, make_family, make_llama, vocabulary_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tract_lite.data.jsonl import write_json
+from tract_lite.export.gguf import export_gguf
+from tract_lite.record import Record
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import make_spec
+
+# Gemma ties its embeddings and scales its queries by a number of the config.
+OPTIONS: dict[str, dict[str, Any]] = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
+TYPES = ("f32", "q8_0", "q4_k_m")
+
+
+def base_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def randomise(model: Any, std: float = 0.1) -> Any:
+    """Give an adapter weights that change its model."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.normal_(std=std)
+    return model
+
+
+def make_adapter(seed_model: Path, folder: Path, **options: Any) -> Path:
+    """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    randomise(get_peft_model(base_model(seed_model), config)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(seed_model)
+    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512, base_model=str(seed_model)).save(folder)
+    return folder
+
+
+def seed_models(shared_once: Callable[..., Path]) -> dict[str, Path]:
+    """A random model of each architecture, with one vocabulary."""
+
+    def make(folder: Path) -> None:
+        for family in FAMILIES:
+            make_family(folder / family, vocabulary_folder("spm"), family, **OPTIONS.get(family, {}))
+
+    return {family: shared_once("seed_models", make) / family for family in FAMILIES}
+
+
+def adapters_on(seeds: dict[str, Path], shared_once: Callable[..., Path]) -> dict[str, Path]:
+    """A random adapter on each of these seed models."""
+
+    def make(folder: Path) -> None:
+        for family, seed_model in seeds.items():
+            make_adapter(seed_model, folder / family)
+
+    return {family: shared_once("adapters", make) / family for family in seeds}
+
+
+def make_wide_judge(folder: Path) -> None:
+    """A judge in `model`, wide enough for Q4_K; its GGUF files in `out`, figures beside it."""
+    make_llama(folder / "model", vocabulary_folder("spm"), hidden=256)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    method = {"stage": 2, "note": "π"}
+    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=256, method=method).save(folder / "model")
+    (folder / "out").mkdir()
+    figures = folder / "parity.json"
+    write_json(figures, {"earlier.gguf": {"records": 7}})
+    records = [Record(prompt="The answer", feedback="It is clear."), Record(prompt="Why so?")]
+    # A dot in a name is not always that of a suffix.
+    export_gguf(folder / "model", folder / "out" / "judge-3.2", TYPES, records=records, figures=figures)

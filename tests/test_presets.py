@@ -1,0 +1,109 @@
+"""What a run takes: the preset of the machine, and what its user chose in place of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from tract_lite import Preset, RunOptions, Sampling, ScoreScale, TrainSettings, parse_options, preset_for, settings_of
+from tract_lite.presets import PRESETS, StageOptions, preset_of_machine
+from tract_lite.spec import DEFAULT_TEMPLATE
+
+
+def preset_of(command: str) -> Preset:
+    return preset_for(parse_options(command.split()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_without_choices_is_taken_as_it_stands(name: str) -> None:
+    options = parse_options(["--preset", name])
+    assert preset_for(options) == PRESETS[name]
+    assert options.out == f"runs/{name}"
+
+
+def test_what_is_chosen_goes_before_the_preset() -> None:
+    command = "--preset t4 --data my.csv --held-out own.csv --seed-model a/b --scale 0-10 --max-items 7 --epochs 3"
+    command += " --max-length 99 --max-new-tokens 9 --precision float32 --quantization f16 q8_0 --base 16bit --skip-bad"
+    preset = preset_of(command)
+    assert (preset.data, preset.held_out, preset.seed_model) == ("my.csv", "own.csv", "a/b")
+    assert preset.scale == ScoreScale.integers(0, 10)
+    assert (preset.max_items, preset.max_length, preset.max_new_tokens) == (7, 99, 9)
+    assert (preset.precision, preset.base, preset.skip_bad) == ("float32", "16bit", True)
+    assert preset.quantization == ("f16", "q8_0")
+    assert preset.training == TrainSettings(epochs=3.0, save_every=PRESETS["t4"].training.save_every)
+
+
+def test_empty_fields_of_a_notebooks_form_are_left_to_the_preset() -> None:
+    options = parse_options(["--preset", "quick", "--data", "", "--seed-model", "", "--max-items", "0"])
+    assert preset_for(options) == PRESETS["quick"]
+    assert settings_of(options) == settings_of(parse_options(["--preset", "quick"]))
+
+
+def test_a_toy_preset_on_ones_own_data_has_room_for_real_texts() -> None:
+    own = preset_of("--preset quick --data my.csv")
+    assert own.max_length > PRESETS["quick"].max_length and own.seed_model is None
+    assert own.training.batch_size % own.training.micro_batch_size == 0
+    assert preset_of("--preset quick --data my.csv --max-length 77").max_length == 77
+    # The data of a single stage are always one's own.
+    assert preset_for(StageOptions(preset="quick")).max_length == own.max_length
+    assert preset_of("--preset t4 --data my.csv").max_length == PRESETS["t4"].max_length
+
+
+def test_the_seed_model_is_asked_by_the_template_of_a_file(tmp_path: Path) -> None:
+    assert PRESETS["quick"].seed["template"] == DEFAULT_TEMPLATE
+    (tmp_path / "mine.jinja").write_text("{{ response }}")
+    seed = preset_of(f"--preset quick --template {tmp_path / 'mine.jinja'} --max-new-tokens 5").seed
+    assert seed["template"] == "{{ response }}" and seed["sampling"] == Sampling(max_new_tokens=5)
+
+
+def test_a_scale_that_can_not_be_read_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(["--preset", "quick", "--scale", "five"])
+    assert stopped.value.code == 2
+    assert "--scale: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gigabytes, name", [(None, "quick"), (16, "t4"), (24, "24gb"), (80, "24gb")])
+def test_a_machine_gets_the_preset_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int | None, name: str
+) -> None:
+    class Card:
+        total_memory = 0.95 * 1e9 * (gigabytes or 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert preset_of_machine() == name
+    options = parse_options([])
+    assert (options.preset, options.out) == (name, f"runs/{name}")
+
+
+def test_settings_tell_data_by_their_content(tmp_path: Path) -> None:
+    data = tmp_path / "scores.csv"
+    options = parse_options(["--data", str(data), "--preset", "quick"])
+    found = []
+    for text in ("response,score\na,1\n", "response,score\na,2\n"):
+        data.write_text(text)
+        found.append(settings_of(options))
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["data_sha256"]
+
+
+def test_settings_hold_every_choice_that_changes_a_run_by_its_own_name() -> None:
+    chosen = "--max-items 8 --epochs 3 --scale 1-7 --base 16bit --template t.jinja --precision bfloat16"
+    plain, other = (settings_of(parse_options(["--preset", "quick", *more.split()])) for more in ("", chosen))
+    changed = {name for name in plain if plain[name] != other[name]}
+    assert changed == {"max_items", "epochs", "scale", "base", "template", "precision"}
+    json.dumps(plain)
+
+
+def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:
+    options = ["--preset", "quick", "--out", "here", "--scratch", "there", "--train-only"]
+    assert settings_of(parse_options(options)) == settings_of(parse_options(["--preset", "quick"]))
+
+
+def test_every_option_is_a_field_of_the_preset_or_of_the_call() -> None:
+    of_call = {"preset", "out", "scratch", "train_only", "epochs"}
+    assert {item.name for item in fields(RunOptions)} - of_call <= {item.name for item in fields(Preset)}

@@ -1,0 +1,437 @@
+"""Seed models: how they load, which backend holds them, judges on them, the time of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from judges import randomise, seed_models
+from peft import LoraConfig, get_peft_model
+from stages import SCALE, make_records, small_seed_model, trained_weights
+from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tract_lite import estimate
+from tract_lite.judge import Judge
+from tract_lite.record import Record
+from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
+from tract_lite.training.precision import pick_dtype
+from tract_lite.training.seed_model import (
+    HIDDEN_STATES_SWITCH,
+    add_lora,
+    compute_dtype,
+    for_training,
+    full_logits,
+    hidden_states,
+    lm_head_weight,
+    load_adapter,
+    load_seed,
+    open_seed_model,
+)
+from tract_lite.training.settings import TrainSettings
+
+plain_families = pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+
+
+@pytest.fixture(scope="module")
+def seeds(shared_once):
+    return seed_models(shared_once)
+
+
+@pytest.fixture(scope="module")
+def small(shared_once):
+    return small_seed_model(shared_once)
+
+
+@pytest.fixture
+def batch():
+    """Two rows, the second with padding on the right."""
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return ids, mask
+
+
+def real(tensor, mask):
+    return tensor[mask.bool()]
+
+
+def test_the_precision_comes_with_a_reason():
+    dtype, reason = pick_dtype()
+    assert dtype in (torch.float32, torch.bfloat16, torch.float16)
+    assert str(dtype).removeprefix("torch.") in reason
+
+
+def pretend_card(monkeypatch, name: str, capability: tuple[int, int], oldest="sm_75") -> None:
+    """A CUDA card of that name, with a torch that has kernels for cards from a T4 on, or older."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [oldest, "sm_80", "sm_90", "sm_100"])
+
+
+@pytest.mark.parametrize(
+    "name, capability, expected",
+    [
+        ("Tesla T4", (7, 5), torch.float16),
+        ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("NVIDIA L4", (8, 9), torch.bfloat16),
+        ("NVIDIA B200", (10, 0), torch.bfloat16),
+    ],
+)
+def test_a_card_computes_in_16_bits_as_its_units_can(monkeypatch, name, capability, expected):
+    pretend_card(monkeypatch, name, capability)
+    dtype, reason = pick_dtype()
+    assert dtype == expected and name in reason
+    assert pick_dtype("float32")[0] == torch.float32
+
+
+@pytest.mark.parametrize("oldest", ["sm_75", "sm_60"])
+def test_a_card_without_kernels_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, oldest):
+    pretend_card(monkeypatch, "Tesla P100-PCIE-16GB", (6, 0), oldest)
+    with pytest.raises(RuntimeError, match="P100.*too old.*begin at 7.0.*T4 x2"):
+        load_seed(tmp_path / "nothing here")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_the_cpu_computes_in_float32_unless_asked(seeds):
+    model, _ = load_seed(seeds["llama"], False)
+    assert compute_dtype(model) == torch.float32
+    model, _ = load_seed(seeds["llama"], False, precision="bfloat16")
+    assert compute_dtype(model) == torch.bfloat16
+    for precision, words in (("float16", "needs a GPU"), ("int8", "must be one of")):
+        with pytest.raises(ValueError, match=words):
+            load_seed(seeds["llama"], False, precision=precision)
+
+
+def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):
+    model, tokenizer = load_seed(seeds["llama"], backend="transformers")
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
+    assert kinds == {"Linear4bit"}
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
+
+
+def test_an_unknown_backend_is_refused(seeds):
+    with pytest.raises(ValueError, match="'jax'"):
+        load_seed(seeds["llama"], backend="jax")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_unsloth_without_cuda_is_refused_with_a_way_out(seeds):
+    with pytest.raises(RuntimeError, match="backend='transformers'"):
+        load_seed(seeds["llama"], backend="unsloth")
+
+
+@plain_families
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(seeds, family, in_4bit):
+    model, _ = load_seed(seeds[family], in_4bit, backend="transformers")
+    linear_layers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")
+    }
+    model = add_lora(model)
+    trained = {
+        name.removeprefix("base_model.model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert linear_layers and trained == {
+        f"{name}.lora_{part}.default.weight" for name in linear_layers for part in "AB"
+    }
+
+
+def test_rank_and_alpha_are_those_asked_for(seeds):
+    model = add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], rank=4, alpha=12)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.shape[0] == 4 and layer.scaling["default"] == 3
+
+
+def test_the_same_random_seed_gives_the_same_adapter(seeds):
+    first, second = (
+        add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], seed=7).state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
+
+
+@plain_families
+def test_a_fresh_adapter_changes_nothing(seeds, family, batch):
+    model, _ = load_seed(seeds[family], backend="transformers")
+    with torch.no_grad():
+        before = model(*batch).logits
+        after = add_lora(model).eval()(*batch).logits
+    torch.testing.assert_close(real(after, batch[1]), real(before, batch[1]), rtol=0, atol=1e-6)
+
+
+@plain_families
+def test_hidden_states_are_those_before_the_vocabulary_projection(seeds, family, batch):
+    model, _ = load_seed(seeds[family], False, backend="transformers")
+    with torch.no_grad():
+        ours = hidden_states(model, *batch)
+        theirs = model.model(*batch).last_hidden_state
+        logits = model(*batch).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    projected = linear(ours, lm_head_weight(model))
+    torch.testing.assert_close(projected, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, batch):
+    gradients = []
+    direction = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
+    for checkpointing in (True, False):
+        model, _ = load_seed(seeds["llama"], backend="transformers")
+        model = add_lora(model, gradient_checkpointing=checkpointing).train()
+        (hidden_states(model, *batch) * direction).sum().backward()
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
+    assert all(gradient.isfinite().all() for gradient in gradients[0].values())
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_soft_capped_vocabulary_projection_is_refused(seeds):
+    model, _ = load_seed(seeds["gemma2"], False, backend="transformers")
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        lm_head_weight(model)
+
+
+def test_a_vocabulary_projection_with_a_bias_is_refused(seeds):
+    model, _ = load_seed(seeds["llama"], False, backend="transformers")
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    with pytest.raises(ValueError, match="a bias"):
+        lm_head_weight(model)
+
+
+def test_a_saved_adapter_gives_the_same_model_back(seeds, batch, tmp_path):
+    model = add_lora(load_seed(seeds["llama"], backend="transformers")[0])
+    with torch.no_grad():
+        expected = randomise(model).eval()(*batch).logits
+        model.save_pretrained(tmp_path)
+        loaded = load_adapter(load_seed(seeds["llama"], backend="transformers")[0], tmp_path)
+        ours = loaded(*batch).logits
+    assert not loaded.training
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_judging_with_a_4_bit_seed_changes_no_later_gradient(seeds, batch):
+    """On some CPUs bitsandbytes repacks weights at their first evaluation and loses gradients."""
+    direction = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for judged in (False, True):
+        model = add_lora(load_seed(seeds["llama"], backend="transformers")[0])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.01)
+        if judged:
+            with torch.no_grad():
+                model.eval()(*batch)
+        (hidden_states(model.train(), *batch) * direction).sum().backward()
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.fixture
+def no_unsloth(monkeypatch):
+    """A module of that name, imported, which can do nothing."""
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_of_transformers_is_one_also_where_unsloth_is_imported(small, batch, no_unsloth, one_process):
+    model, _ = load_seed(small, False, backend="transformers")
+    expected = model.model(*batch).last_hidden_state
+    model = add_lora(model)
+    for_training(model)
+    assert model.training
+    for held in (model, DistributedDataParallel(model)):
+        torch.testing.assert_close(hidden_states(held, *batch), expected, rtol=0, atol=0)
+
+
+class FastLanguageModel:
+    """Stands for Unsloth's: the models and adapters are plain ones, and every call is noted."""
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> tuple[Any, Any]:
+        cls.calls.append(("from_pretrained", {"name": name, **options}))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        forward = model.forward
+
+        def with_switch(*inputs: Any, **named: Any) -> Any:
+            answer = forward(*inputs, **{**named, "output_hidden_states": True})
+            if os.environ.get(HIDDEN_STATES_SWITCH) == "1":
+                answer.logits = answer.hidden_states[-1]
+            return answer
+
+        model.forward = with_switch
+        return model, AutoTokenizer.from_pretrained(name)
+
+    @classmethod
+    def get_peft_model(cls, model: Any, **options: Any) -> Any:
+        cls.calls.append(("get_peft_model", dict(options)))
+        del options["random_state"], options["use_gradient_checkpointing"]
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+
+    @classmethod
+    def for_training(cls, model: Any) -> None:
+        cls.calls.append(("for_training", {}))
+
+
+@pytest.fixture
+def unsloth(monkeypatch):
+    """A machine with a card and Unsloth; the calls that it gets."""
+    module = ModuleType("unsloth")
+    module.__spec__ = ModuleSpec("unsloth", None)
+    module.FastLanguageModel = FastLanguageModel
+    monkeypatch.setitem(sys.modules, "unsloth", module)
+    monkeypatch.setattr(FastLanguageModel, "calls", [])
+    monkeypatch.delenv(HIDDEN_STATES_SWITCH, raising=False)
+    with monkeypatch.context() as card:
+        pretend_card(card, "NVIDIA A100", (8, 0))
+        yield FastLanguageModel.calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_model_that_unsloth_has_loaded_is_asked_in_its_way(small, batch, unsloth, one_process):
+    model, tokenizer = load_seed(small, max_seq_length=300)
+    assert tokenizer.pad_token_id is not None
+    expected = model.model(*batch).last_hidden_state
+    logits = linear(expected, model.lm_head.weight)
+    adapted = add_lora(model, rank=4, alpha=12, seed=7)
+    for_training(adapted)
+    for held in (model, adapted, DistributedDataParallel(adapted)):
+        torch.testing.assert_close(hidden_states(held, *batch), expected, rtol=0, atol=0)
+        assert os.environ[HIDDEN_STATES_SWITCH] == "0"
+        torch.testing.assert_close(full_logits(held, *batch), logits)
+    projections = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split()
+    lora = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.0, "target_modules": projections, "random_state": 7}
+    loaded = {"name": str(small), "max_seq_length": 300, "load_in_4bit": True, "dtype": torch.bfloat16}
+    assert unsloth == [
+        ("from_pretrained", loaded),
+        ("get_peft_model", {**lora, "use_gradient_checkpointing": "unsloth"}),
+        ("for_training", {}),
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_hidden_states_that_can_not_be_had_leave_no_switch_behind(small, batch, unsloth):
+    model, _ = load_seed(small)
+    with pytest.raises(IndexError):
+        hidden_states(model, batch[0] + 10_000, batch[1])
+    assert os.environ[HIDDEN_STATES_SWITCH] == "0"
+
+
+RECORDS = [Record(prompt="The answer"), Record(prompt="Why so? It is kind.")]
+OPENED: dict[str, Any] = {
+    "max_length": 96,
+    "template": "{{ response }}",
+    "marker": "the score is",
+    "sampling": Sampling(max_new_tokens=5),
+}
+
+
+def scores(judge: Judge) -> list[float]:
+    with judge:
+        return [judgement.score for judgement in judge.score_many(RECORDS)]
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_an_adapter_judges_as_the_model_that_was_trained(small, tmp_path, load_in_4bit):
+    seed_model = tmp_path / "seed"
+    seed_model.symlink_to(small)
+    model, tokenizer, spec = open_seed_model(seed_model, SCALE, load_in_4bit=load_in_4bit, **OPENED)
+    model = randomise(add_lora(model))
+    model.save_pretrained(tmp_path / "stage" / "adapter")
+    spec.save(tmp_path / "stage" / "adapter")
+    expected = scores(Judge.from_model(model, tokenizer, spec))
+    assert len(set(expected)) == 2
+    judge = Judge.from_adapter(tmp_path / "stage" / "adapter")
+    assert judge.spec == spec and judge.how()["adapter"] and scores(judge) == expected
+    moved = seed_model.rename(tmp_path / "moved")
+    with pytest.raises(OSError):
+        Judge.from_adapter(tmp_path / "stage")
+    assert scores(Judge.from_adapter(tmp_path / "stage", seed_model=moved)) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 on the CPU")
+def test_an_adapter_judges_in_the_precision_that_is_asked_for(small, tmp_path):
+    model, _, spec = open_seed_model(small, SCALE, load_in_4bit=False)
+    add_lora(model).save_pretrained(tmp_path)
+    spec.save(tmp_path)
+    with Judge.from_adapter(tmp_path, precision="bfloat16", parallel=3) as judge:
+        assert judge.engine.shape == {"batch_size": 3, "dtype": "bfloat16"}
+
+
+def test_a_folder_without_an_adapter_is_no_judge(tmp_path):
+    with pytest.raises(ValueError, match="no judge spec"):
+        Judge.from_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_a_seed_model_is_opened_as_asked_and_its_spec_says_how(small, load_in_4bit):
+    with Judge.from_seed(small, SCALE, load_in_4bit=load_in_4bit, precision="float32", **OPENED) as judge:
+        assert replace(judge.spec, **OPENED) == judge.spec and judge.spec.scale == SCALE
+        assert judge.spec.base_model == str(small)
+        assert judge.spec.method == {"load_in_4bit": load_in_4bit, "precision": "float32"}
+        kinds = {type(module).__name__ for name, module in judge.engine.model.named_modules() if "_proj" in name}
+        assert kinds == {"Linear4bit" if load_in_4bit else "Linear"}
+    with Judge.from_seed(small, SCALE) as judge:
+        assert judge.spec.template == DEFAULT_TEMPLATE and judge.spec.max_length == 3000
+
+
+def test_a_seed_model_judges_before_any_training(small):
+    model, tokenizer, spec = open_seed_model(small, SCALE, **OPENED)
+    expected = scores(Judge.from_model(model, tokenizer, spec))
+    assert scores(Judge.from_seed(small, SCALE, **OPENED)) == expected
+
+
+def test_the_time_of_a_run_is_estimated_and_nothing_is_trained(small, caplog, monkeypatch, tmp_path):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    models = []
+
+    def add_and_keep(model: Any, **options: Any) -> Any:
+        model = add_lora(model, **options)
+        models.append((model, trained_weights(model)))
+        return model
+
+    monkeypatch.setattr(estimate, "add_lora", add_and_keep)
+    settings = TrainSettings(batch_size=4, micro_batch_size=2)
+    asked = {"seed_model": small, "scale": SCALE, "load_in_4bit": False, **OPENED, "template": DEFAULT_TEMPLATE}
+    found = estimate.estimate_run(make_records(), settings, parallel=4, **asked)
+    assert sorted(found) == ["reasonings", "stage"] and min(found.values()) > 0
+    line = r"this run takes about [\d.]+ minutes: [\d.]+ for each stage, [\d.]+ for the reasonings"
+    assert re.search(line, caplog.text)
+    [(model, before)] = models
+    assert before.keys() == trained_weights(model).keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in trained_weights(model).items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_time_of_a_run_on_no_usable_record_is_an_error(small):
+    with pytest.raises(ValueError, match="no record can be trained on, out of 1: .*no gold score"):
+        estimate.estimate_run(RECORDS[:1], TrainSettings(), parallel=4, seed_model=small, scale=SCALE)
