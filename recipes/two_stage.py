@@ -116,7 +116,8 @@ def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> N
 def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Sequence[Record]) -> list[Path]:
     """The adapter alone, then the merged judge in each type; checked on some held-out items."""
     seed_model = JudgeSpec.load(adapter).base_model
-    run.once("adapter.gguf", lambda out: run.keep(export_adapter(adapter, seed_model, scratch / out.name)))
+    if not (run / "adapter.gguf").exists():
+        run.keep(export_adapter(adapter, seed_model, scratch / "adapter.gguf"))
     files = [run / f"judge-{name}.gguf" for name in preset.quantization]
     missing = [name for name, file in zip(preset.quantization, files) if not file.exists()]
     if missing:

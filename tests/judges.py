@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILIES, make_family, make_llama, vocabulary_folder
+from tiny import FAMILIES, load_tokenizer, make_family, make_llama, vocabulary_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite.data.jsonl import write_json
+from tract_lite.engines.context import Context
+from tract_lite.engines.llama_cpp import load_adapter, load_model, quiet_llama
 from tract_lite.export.gguf import export_gguf
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import make_spec
+from tract_lite.spec import JudgeSpec, make_spec
 
 # Gemma ties its embeddings and scales its queries by a number of the config.
 OPTIONS: dict[str, dict[str, Any]] = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
@@ -35,11 +38,11 @@ def randomise(model: Any, std: float = 0.1) -> Any:
     return model
 
 
-def make_adapter(seed_model: Path, folder: Path, **options: Any) -> Path:
+def make_adapter(seed_model: Path, folder: Path, tokenizer: Any = None, **options: Any) -> Path:
     """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     randomise(get_peft_model(base_model(seed_model), config)).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(seed_model)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(seed_model)
     make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512, base_model=str(seed_model)).save(folder)
     return folder
 
@@ -58,8 +61,9 @@ def adapters_on(seeds: dict[str, Path], shared_once: Callable[..., Path]) -> dic
     """A random adapter on each of these seed models."""
 
     def make(folder: Path) -> None:
+        tokenizer = load_tokenizer("spm")
         for family, seed_model in seeds.items():
-            make_adapter(seed_model, folder / family)
+            make_adapter(seed_model, folder / family, tokenizer)
 
     return {family: shared_once("adapters", make) / family for family in seeds}
 
@@ -69,10 +73,36 @@ def make_wide_judge(folder: Path) -> None:
     make_llama(folder / "model", vocabulary_folder("spm"), hidden=256)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     method = {"stage": 2, "note": "π"}
-    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=256, method=method).save(folder / "model")
+    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512, method=method).save(folder / "model")
     (folder / "out").mkdir()
     figures = folder / "parity.json"
     write_json(figures, {"earlier.gguf": {"records": 7}})
     records = [Record(prompt="The answer", feedback="It is clear."), Record(prompt="Why so?")]
     # A dot in a name is not always that of a suffix.
     export_gguf(folder / "model", folder / "out" / "judge-3.2", TYPES, records=records, figures=figures)
+
+
+def llama_logits(gguf: Path, ids: list[int], *adapters: Path | None) -> list[np.ndarray]:
+    """The logits after `ids`, without an adapter or after each of `adapters`, base loaded once."""
+    model = load_model(gguf)
+    context = Context(model, 1, 128, threads=1, flash_attention=False, cache_type="f32")
+    found = []
+    for adapter in adapters or [None]:
+        context.use_adapter(adapter and load_adapter(model, adapter)[0])
+        context.clear()
+        context.decode(ids, range(len(ids)), [0] * len(ids), [len(ids) - 1])
+        found.append(context.logits(0 if len(ids) == 1 else len(ids) - 1).copy())
+    context.close()
+    quiet_llama().llama_model_free(model)
+    return found
+
+
+@torch.no_grad()
+def torch_logits(model, ids: list[int]) -> np.ndarray:
+    return model(torch.tensor([ids])).logits[0, -1].float().numpy()
+
+
+def score_ids(spec: JudgeSpec) -> list[int]:
+    """Some tokens, and a judge's marker behind them."""
+    ids = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    return [*ids, *spec.marker_ids]

@@ -192,10 +192,9 @@ def test_the_readmes_table_is_that_of_the_demo(demo_run: Path) -> None:
 @pytest.mark.training
 def test_the_page_on_run_folders_explains_every_file_and_number(quick_run: Path) -> None:
     page = (DOCS / "run_folder.md").read_text(encoding="utf-8")
-    known = ("judge-*.gguf", "self_generated.*")
     for path in quick_run.iterdir():
-        name = next((pattern for pattern in known if path.match(pattern)), path.name + "/" * path.is_dir())
-        assert f"`{name}`" in page or path.match("self_generated.*") and f"`{path.name}`" in page, name
+        name = next((known for known in ("judge-*.gguf", "*.run.json") if path.match(known)), path.name)
+        assert f"`{name.removeprefix('*')}`" in page or path.is_dir() and f"`{name}/`" in page, name
     metrics = read_json(quick_run / "metrics.json")
     stage = read_json(quick_run / "stage2" / "stage.json")
     figures = {key for row in metrics["rows"].values() for key in row}

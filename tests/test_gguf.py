@@ -1,55 +1,30 @@
+"""A model folder to GGUF: types, ids, the spec inside, and what failed and killed exports leave."""
+
+from __future__ import annotations
+
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from llama_cpp import llama_model_free
-from tiny import make_llama, make_sentences, make_spm
+from judges import OPTIONS, TYPES, make_wide_judge
+from tiny import make_family, vocabulary_folder
 from transformers import AutoTokenizer
 
+from tract_lite.data.jsonl import read_json
 from tract_lite.engines.llama import LlamaEngine
-from tract_lite.engines.llama_cpp import load_model, read_spec
+from tract_lite.engines.llama_cpp import read_spec
 from tract_lite.engines.task import Task
+from tract_lite.export import model_folder
 from tract_lite.export.converter import llama_cpp_source
 from tract_lite.export.gguf import export_gguf
-from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, make_spec
-from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
+from tract_lite.spec import JudgeSpec
 
-TOKENIZERS = Path(__file__).parents[1].parent / "shared" / "tokenizers"
-ODD_TEXTS = [
-    " leads with a space",
-    "  with two",
-    "ends with one ",
-    "two  inside",
-    "a\ttab\n\nlines",
-    "naïve café, 東京, Привет, 🙂👍🏽",
-    "zero\u200bwidth \u00a0 no-break",
-    "a",
-    "\n",
-    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
-    "3.14159 1,000,000 10 5/5",
-    "e\u0301 combining",
-    "\u2581 underline",
-    " ",
-    "So the overall score is 3",
-    "def f(x):\n    return {'a': x[0]}  # code",
-]
-TEXTS = ODD_TEXTS + make_sentences(87, seed=1)
-needs_tokenizers = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no real vocabularies here")
-
-
-def make_judge(folder: Path, tokenizer_folder: Path, **options) -> JudgeSpec:
-    """A tiny model folder with a spec for scores of 1 to 5."""
-    make_llama(folder, tokenizer_folder, **options)
-    spec = make_spec(
-        AutoTokenizer.from_pretrained(folder),
-        ScoreScale.integers(1, 5),
-        max_length=256,
-        method={"stage": 2, "note": "π"},
-    )
-    spec.save(folder)
-    return spec
+ROOT = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def names_in(folder: Path) -> set[str]:
@@ -57,22 +32,27 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gguf")
-    # Q4_K needs widths that 256 divides.
-    make_judge(folder / "model", make_spm(folder / "spm", make_sentences()), hidden=256)
-    return folder / "model"
+def model(shared_once):
+    return shared_once("wide_judge", make_wide_judge) / "model"
 
 
 @pytest.fixture(scope="module")
 def exported(model):
-    return export_gguf(model, model.parent / "out" / "judge.gguf", ("f32", "q8_0", "Q4_K_M"))
+    return [model.parent / "out" / f"judge-3.2-{name}" for name in TYPES]
 
 
 def test_several_types_give_a_file_each_and_nothing_else(exported):
-    expected = ["judge-f32.gguf", "judge-q8_0.gguf", "judge-q4_k_m.gguf"]
-    assert [path.name for path in exported] == expected
-    assert names_in(exported[0].parent) == set(expected)
+    assert names_in(exported[0].parent) == {path.name for path in exported}
+
+
+def test_what_the_gate_has_measured_stands_in_a_file_beside_earlier_figures(exported):
+    figures = read_json(exported[0].parents[1] / "parity.json")
+    assert figures.pop("earlier.gguf") == {"records": 7}
+    assert list(figures) == [path.name for path in exported]
+    f32, q8_0, q4_k_m = figures.values()
+    assert all(row["records"] == 2 and row["different_prompts"] == 0 for row in figures.values())
+    assert 0 < f32["mean_distance"] < q8_0["mean_distance"] < q4_k_m["mean_distance"] < 1
+    assert 0 < f32["mean_difference"] <= f32["largest_difference"] < 1e-3
 
 
 def test_the_spec_travels_through_conversion_and_quantisation(model, exported):
@@ -92,26 +72,6 @@ def test_every_type_loads_and_judges(exported, number):
 def test_smaller_types_give_smaller_files(exported):
     f32, q8_0, q4_k_m = (path.stat().st_size for path in exported)
     assert q8_0 < 0.3 * f32 and q4_k_m < 0.2 * f32
-
-
-def assert_same_ids(gguf: Path, tokenizer_folder: Path) -> None:
-    theirs = TransformersVocabulary(AutoTokenizer.from_pretrained(tokenizer_folder))
-    model = load_model(gguf, vocab_only=True)
-    ours = GGUFVocabulary(model)
-    differing = [text for text in TEXTS if ours.encode(text) != theirs.encode(text)]
-    sizes = len(ours), len(theirs)
-    llama_model_free(model)
-    assert differing == [] and len(set(sizes)) == 1
-
-
-def test_a_trained_spm_vocabulary_gives_the_same_ids_on_both_sides(model, exported):
-    assert_same_ids(exported[0], model)
-
-
-@needs_tokenizers
-@pytest.mark.parametrize("name", ["llama-spm", "llama-bpe", "qwen2", "gpt-2"])
-def test_a_real_vocabulary_gives_the_same_ids_on_both_sides(name):
-    assert_same_ids(TOKENIZERS / name / "vocab.gguf", TOKENIZERS / name)
 
 
 def test_an_spm_folder_without_its_model_file_is_refused(model, tmp_path):
@@ -139,15 +99,10 @@ def test_a_folder_that_the_converter_can_not_take_is_refused(model, tmp_path, ch
 
 def test_what_can_not_be_written_is_said_before_any_work(model, tmp_path):
     with pytest.raises(ValueError, match="no quantization"):
-        export_gguf(model, tmp_path / "judge.gguf", [], cleanup=True)
+        export_gguf(model, tmp_path / "judge.gguf", [])
     with pytest.raises(ValueError, match="is a folder"):
         export_gguf(model, tmp_path)
     assert model.exists()
-
-
-def test_a_dot_in_a_name_is_not_always_a_suffix(model, tmp_path):
-    (written,) = export_gguf(model, tmp_path / "judge-3.2-1B", ["f32"], check=False)
-    assert written == tmp_path / "judge-3.2-1B-f32" and written.is_file()
 
 
 def test_an_unknown_quantization_is_refused_with_the_known_ones(model, tmp_path):
@@ -189,3 +144,67 @@ def test_what_is_no_gguf_file_is_refused_in_one_line(exported, tmp_path):
         with pytest.raises(ValueError, match=path.name) as refusal:
             read_spec(path)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_reads_other_tokens_does_not_get_its_name(model, tmp_path):
+    # The converter writes Gemma's vocabulary without a space before a text, and this one has it.
+    folder = make_family(tmp_path / "gemma2", vocabulary_folder("spm"), "gemma2", **OPTIONS["gemma2"])
+    JudgeSpec.load(model).save(folder)
+    with pytest.raises(RuntimeError, match="prompt of record check 1 has other tokens"):
+        export_gguf(folder, tmp_path / "judge.gguf", "f32", figures=tmp_path / "parity.json")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_no_room_for_the_types_is_found_before_any_work(model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(model_folder.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setenv("LLAMA_CPP_DIR", "/nowhere")
+    with pytest.raises(RuntimeError, match="GB free: make room.*fewer or smaller types"):
+        export_gguf(model, tmp_path / "judge.gguf", ["f16", "q4_k_m"])
+    assert not list(tmp_path.iterdir())
+
+
+# Importing is slow, so the killed ones are forks.
+KILL = """
+import os, signal, sys, time
+from pathlib import Path
+from tract_lite.export.gguf import export_gguf
+
+model, folder = sys.argv[1], Path(sys.argv[2])
+# While the converter starts, and while the other types are made of what it wrote.
+for moment in ("*.part", "*.part/q8_0.gguf"):
+    child = os.fork()
+    if not child:
+        try:
+            export_gguf(model, folder / "judge.gguf", ("f16", "q8_0", "q4_k_m"), check=False)
+        finally:
+            os._exit(0)
+    while not list(folder.glob(moment)):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = folder.iterdir()
+    assert left.suffix == ".part"
+export_gguf(model, folder / "judge.gguf", ("f16", "q8_0", "q4_k_m"))
+"""
+NO_NETWORK = """
+import socket
+class Refusing(socket.socket):
+    def connect(self, address): raise SystemExit(f"asked for {address}")
+    connect_ex = connect
+socket.socket = Refusing
+socket.getaddrinfo = lambda *address: exec("raise SystemExit(address)")
+"""
+
+
+def test_a_killed_export_is_finished_by_the_next_one_and_none_needs_the_network(model, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    out = tmp_path / "out"
+    out.mkdir()
+    paths = {"LLAMA_CPP_DIR": str(llama_cpp_source()), "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    command = [sys.executable, "-c", KILL, str(model), str(out)]
+    done = subprocess.run(command, env={**ONE_THREAD, **paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names_in(out) == {"judge-f16.gguf", "judge-q8_0.gguf", "judge-q4_k_m.gguf"}
+    assert "parity: q4_k_m: 5 records" in done.stderr

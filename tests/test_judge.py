@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tiny import WritingEngine, load_tokenizer, make_family, make_sentences, make_spm
 
+from tract_lite.data.jsonl import read_json, read_rows
+from tract_lite.data.resume import MOST_WAITING
 from tract_lite.engines.task import Sample
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
@@ -33,10 +35,20 @@ class FixedEngine(WritingEngine):
             yield index, [Sample([5], False, np.log(row)) for row in self.rows[: len(task.seeds)]]
 
 
+class RoomyEngine(WritingEngine):
+    """Takes a prompt of any length, and is the same judge otherwise."""
+
+    def run(self, tasks):
+        for index, answer in super().run(tasks):
+            yield index, [self._sample("", 1, None)] if isinstance(answer, Exception) else answer
+
+
 def make_engine(kind=WritingEngine, *arguments):
     tokenizer = load_tokenizer("spm")
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5))
-    return kind(spec, TransformersVocabulary(tokenizer), *arguments)
+    engine = kind(spec, TransformersVocabulary(tokenizer), *arguments)
+    engine.identity, engine.shape = {"fingerprint": str(kind is FixedEngine)}, {"parallel": 4}
+    return engine
 
 
 def make_records(*texts: str) -> list[Record]:
@@ -84,8 +96,7 @@ def test_low_mass_is_reported_once_for_all(caplog):
     judge = Judge(make_engine(WritingEngine, 0.4))
     list(judge.score_many(make_records(*"abc")))
     judge.score(make_records("a")[0])
-    for taken in zip("ab", judge.score_many(make_records(*"abcdef"))):
-        pass
+    list(zip("ab", judge.score_many(make_records(*"abcdef"))))
     messages = [record.getMessage().partition(" judgements")[0] for record in caplog.records]
     assert messages == ["3 of 3", "1 of 1", "2 of 2"]
 
@@ -214,6 +225,23 @@ def test_nothing_is_kept_of_an_item_that_is_done(text):
     assert len(names) == 500
 
 
+@pytest.mark.parametrize("text", ["fine", "LONG", None])
+def test_answers_do_not_wait_for_the_faulty_records_after_them(text):
+    """An engine that looks ahead passes over faulty records, for it is asked nothing there."""
+    taken = []
+
+    def records():
+        for number in range(3 * MOST_WAITING):
+            taken.append(number)
+            # One that can be judged, so that the engine has something to wait with.
+            yield Record(prompt="first" if number == 2 else text, response="x", id=str(number))
+
+    judgements = Judge(make_engine()).score_many(records())
+    assert [next(judgements).id for _ in range(3)] == ["0", "1", "2"]
+    assert len(taken) <= MOST_WAITING + 10
+    assert [judgement.id for judgement in judgements] == [str(n) for n in range(3, 3 * MOST_WAITING)]
+
+
 def test_top_log_probabilities_leave_a_bound_on_the_error():
     class ServingEngine(WritingEngine):
         def run(self, tasks):
@@ -286,12 +314,105 @@ def test_a_judgement_is_a_row_of_json():
     assert row["score"] is None and row["error"] == "too long" and row["id"] == "id 1"
 
 
+def test_how_tells_one_judge_and_one_way_of_judging_from_others():
+    judge = Judge(make_engine())
+    assert judge.how() == Judge(make_engine()).how()
+    others = [judge.how(n_cot=2), judge.how(seed=1), Judge(make_engine(FixedEngine, [])).how()]
+    engine = make_engine()
+    engine.spec = replace(engine.spec, sampling=Sampling(temperature=0.5))
+    assert all(how != judge.how() for how in [*others, Judge(engine).how()])
+
+
+# With a file, to go on with
+
+
+def test_judgements_are_in_the_file_as_they_come_and_are_not_made_again(tmp_path):
+    path, records = tmp_path / "judged.jsonl", make_records(*"abcdefgh")
+    whole = list(Judge(make_engine()).score_many(records, n_cot=2))
+    judgements = Judge(make_engine()).score_many(records, n_cot=2, resume=path)
+    for number in range(3):
+        assert next(judgements) == whole[number]
+        assert [row["id"] for row in read_rows(path)] == [f"id {n}" for n in range(number + 1)]
+    del judgements
+    before, engine = path.read_bytes(), make_engine()
+    assert list(Judge(engine).score_many(records, n_cot=2, resume=path)) == whole
+    assert path.read_bytes().startswith(before) and len(read_rows(path)) == 8
+    assert sorted(prompt.strip() for prompt in engine.prompts) == list("defgh")
+    before, engine = path.read_bytes(), make_engine()
+    assert list(Judge(engine).score_many(iter(records), n_cot=2, resume=str(path))) == whole
+    assert engine.prompts == [] and path.read_bytes() == before
+
+
+def test_the_file_says_how_the_judgements_were_made(tmp_path):
+    judge = Judge(make_engine())
+    [judgement] = judge.score_many([Record(prompt="a", score=4.0, id="x")], resume=tmp_path / "judged.jsonl")
+    [row] = read_rows(tmp_path / "judged.jsonl")
+    assert row == {**judgement.to_row(), "gold": 4.0, "key": Record(prompt="a").key}
+    assert read_json(tmp_path / "judged.run.json") == {**judge.how(), "shapes": [judge.engine.shape]}
+
+
+def test_failed_items_are_judged_again_and_stay_in_their_order(tmp_path):
+    path = tmp_path / "judged.jsonl"
+    records = make_records("a", "LONG", "b", "LONG")
+    first = list(Judge(make_engine()).score_many(records, resume=path))
+    assert [bool(judgement.error) for judgement in first] == [False, True, False, True]
+    # As when the first call had less room: the same records, which fit now.
+    engine = make_engine(RoomyEngine)
+    second = list(Judge(engine).score_many(records, resume=path))
+    assert [judgement.id for judgement in second] == [f"id {n}" for n in range(4)]
+    assert not any(judgement.error for judgement in second)
+    assert second[0] == first[0] and second[2] == first[2]
+    assert sorted(row["id"] for row in read_rows(path)) == [f"id {n}" for n in range(4)]
+    assert not any(row["error"] for row in read_rows(path))
+
+
+def test_records_without_an_id_are_known_by_their_content(tmp_path):
+    records = [Record(prompt=text) for text in "abcab"]
+    whole = list(Judge(make_engine()).score_many(records, resume=tmp_path / "judged.jsonl"))
+    assert [judgement.id for judgement in whole] == [None] * 5
+    assert whole[0].scores == whole[3].scores and len(read_rows(tmp_path / "judged.jsonl")) == 3
+    engine = make_engine()
+    again = list(Judge(engine).score_many([*records, Record(prompt="d")], resume=tmp_path / "judged.jsonl"))
+    assert [judgement.scores for judgement in again[:5]] == [judgement.scores for judgement in whole]
+    assert [prompt.strip() for prompt in engine.prompts] == ["d"]
+
+
+def test_another_judge_or_another_way_is_refused_with_what_differs(tmp_path):
+    path, records = tmp_path / "judged.jsonl", make_records("a", "b")
+    list(Judge(make_engine()).score_many(records, resume=path))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"\n  seed: 0 there, 1 now$"):
+        Judge(make_engine()).score_many(records, seed=1, resume=path)
+    with pytest.raises(ValueError) as refused:
+        Judge(make_engine(FixedEngine, [])).score_many(records, n_cot=3, resume=path)
+    assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]] == ["fingerprint", "n_cot"]
+    assert path.read_bytes() == before
+
+
+def test_another_input_of_the_same_ids_is_refused(tmp_path):
+    path = tmp_path / "judged.jsonl"
+    list(Judge(make_engine()).score_many(make_records("a", "b"), resume=path))
+    with pytest.raises(ValueError, match="another item with the id 'id 1'"):
+        list(Judge(make_engine()).score_many(make_records("a", "x"), resume=path))
+
+
+def test_given_reasonings_are_not_resumed(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        Judge(make_engine()).score_many(make_records("a"), reasonings=[[[5]]], resume=tmp_path / "judged.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_of_no_kind_is_an_error_also_where_rows_are_kept(tmp_path):
+    with pytest.raises(ValueError, match="not a Record"):
+        list(Judge(make_engine()).score_many([{"response": "b"}], resume=tmp_path / "judged.jsonl"))
+
+
 def test_a_merged_folder_is_a_judge_and_closing_frees_it(tmp_path):
     folder = make_family(tmp_path / "model", make_spm(tmp_path / "spm", make_sentences()), "llama")
     _, tokenizer = load_seed(folder, False, backend="transformers")
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=200, sampling=Sampling(max_new_tokens=5))
     spec.save(folder)
-    with Judge.from_pretrained(folder, batch_size=2) as judge:
+    with Judge.from_pretrained(folder, parallel=2) as judge:
         judgements = list(judge.score_many(make_records("The answer.", "is " * 300, "kind"), n_cot=2))
         assert [bool(judgement.error) for judgement in judgements] == [False, True, False]
         assert 0 < judgements[0].mass < 1 and len(judgements[0].feedback) == 2

@@ -1,25 +1,26 @@
+"""An adapter on its seed model to a plain folder: the weights are as in peft; what is refused."""
+
+from __future__ import annotations
+
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from judges import adapters_on, base_model, make_adapter, seed_models
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_family, make_sentences, make_spm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaTokenizer
+from tiny import FAMILIES, make_family, vocabulary_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tract_lite.export import merge
 from tract_lite.export.merge import merge_adapter
-from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.spec import JudgeSpec
 from tract_lite.training.seed_model import load_adapter, load_seed
 
-# Gemma ties its embeddings and scales its queries by a number of the config.
-OPTIONS = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
 VARIANTS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -31,38 +32,19 @@ VARIANTS = {
 }
 
 
-def base_model(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def make_adapter(seed: Path, folder: Path, tokenizer=None, **options) -> Path:
-    """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    model = get_peft_model(base_model(seed), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    tokenizer = tokenizer or LlamaTokenizer.from_pretrained(seed)
-    make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512).save(folder)
-    return folder
+@pytest.fixture(scope="module")
+def spm():
+    return vocabulary_folder("spm")
 
 
 @pytest.fixture(scope="module")
-def spm(tmp_path_factory):
-    return make_spm(tmp_path_factory.mktemp("merge") / "spm", make_sentences())
+def seeds(shared_once):
+    return seed_models(shared_once)
 
 
 @pytest.fixture(scope="module")
-def seeds(spm):
-    return {family: make_family(spm.parent / family, spm, family, **OPTIONS.get(family, {})) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def adapters(seeds, spm):
-    return {family: make_adapter(seed, spm.parent / f"{family}-adapter") for family, seed in seeds.items()}
+def adapters(seeds, shared_once):
+    return adapters_on(seeds, shared_once)
 
 
 @torch.no_grad()
@@ -239,7 +221,7 @@ def renamed(adapter: Path, folder: Path, base: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layers, reason", [(1, r"the seed lacks: .*layers\.1\."), (2, "shapes")])
+@pytest.mark.parametrize("layers, reason", [(1, r"the seed model lacks: .*layers\.1\."), (2, "shapes")])
 def test_an_adapter_that_does_not_fit_is_refused(spm, adapters, tmp_path, layers, reason):
     seed = make_family(tmp_path / "llama", spm, "llama", layers=layers, intermediate_size=144)
     adapter = renamed(adapters["llama"], tmp_path / "adapter", "/long/gone/llama")
@@ -393,33 +375,46 @@ def test_no_room_on_the_disk_is_found_before_any_work(seeds, adapters, tmp_path,
     merge_adapter(seeds["llama"], adapters["llama"], tmp_path / "merged")
 
 
-def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(seeds, adapters, tmp_path):
-    kill = """
-import os, signal, sys
-from tract_lite import merge
-moment, seed, adapter, out = sys.argv[1:]
-owner, name, before = {
-    "weights": (merge, "_merged", 5), "done": (os, "replace", 0), "swap": (os, "replace", 1)
-}[moment]
-real, calls = getattr(owner, name), []
-def stop(*args):
-    calls.append(args)
-    if len(calls) > before:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-setattr(owner, name, stop)
-merge.merge_adapter(seed, adapter, out, base="16bit")
+# Importing is slow, so the killed ones are forks.
+KILL = """
+import os, shutil, signal, sys
+from pathlib import Path
+from tract_lite.export import merge
+
+seed_model, adapter, out, copies = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+
+def killed(owner, name, before):
+    real, calls = getattr(owner, name), []
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) > before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+    setattr(owner, name, stop)
+    merge.merge_adapter(seed_model, adapter, out, base="16bit")
+
+# In the middle of the weights, before the folder gets its name and, with an old merge in place,
+# between its going and the coming of the new one.
+for moment, where in {"weights": (merge, "_merged", 5), "done": (os, "replace", 0), "swap": (os, "replace", 1)}.items():
+    child = os.fork()
+    if not child:
+        try:
+            killed(*where)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not out.exists() and len(list(out.parent.iterdir())) == 1
+    merge.merge_adapter(seed_model, adapter, out, base="16bit")
+    assert list(out.parent.iterdir()) == [out]
+    shutil.copytree(out, copies / moment)
+    if moment == "weights":
+        shutil.rmtree(out)
 """
-    out = tmp_path / "merged"
-    arguments = [str(seeds["llama"]), str(adapters["llama"]), str(out)]
-    # In the middle of the weights, before the folder gets its name and, with an old merge in place,
-    # between its going and the coming of the new one.
+
+
+def test_a_killed_merge_leaves_nothing_half_done_and_a_second_one_completes_it(seeds, adapters, tmp_path):
+    arguments = [seeds["llama"], adapters["llama"], tmp_path / "out" / "merged", tmp_path / "copies"]
+    done = subprocess.run([sys.executable, "-c", KILL, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for moment in ("weights", "done", "swap"):
-        ended = subprocess.run([sys.executable, "-c", kill, moment, *arguments])
-        assert ended.returncode == -signal.SIGKILL
-        assert not out.exists() and len(list(tmp_path.iterdir())) == 1
-        merge_adapter(seeds["llama"], adapters["llama"], out, base="16bit")
-        assert_merged_like_peft(seeds["llama"], adapters["llama"], out)
-        assert list(tmp_path.iterdir()) == [out]
-        if moment == "weights":
-            shutil.rmtree(out)
+        assert_merged_like_peft(seeds["llama"], adapters["llama"], tmp_path / "copies" / moment)

@@ -1,20 +1,47 @@
+"""The gate of an export: same ids, same scores, and what it says where they differ."""
+
+from __future__ import annotations
+
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
+from judges import make_wide_judge
 from llama_cpp import llama_model_free
-from tiny import SHARED, VOCABULARIES, load_tokenizer, make_llama, make_sentences, make_spm
+from tiny import BYTE_LEVEL, REAL, SHARED, gguf_weights, load_tokenizer, make_llama, make_sentences, make_spm, vocabulary_folder
 from transformers import AutoTokenizer
 
+from tract_lite.data.records import read_records
 from tract_lite.engines.llama_cpp import load_model
 from tract_lite.export import parity
 from tract_lite.export.parity import Parity, check_export, check_ids, compare, hard_records
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
-from tract_lite.record import Record
+from tract_lite.record import Annotation, Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
+
+ODD_TEXTS = [
+    " leads with a space",
+    "  with two",
+    "ends with one ",
+    "two  inside",
+    "a\ttab\n\nlines",
+    "naïve café, 東京, Привет, 🙂👍🏽",
+    "zero\u200bwidth \u00a0 no-break",
+    "a",
+    "\n",
+    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
+    "3.14159 1,000,000 10 5/5",
+    "e\u0301 combining",
+    "\u2581 underline",
+    " ",
+    "So the overall score is 3",
+    "def f(x):\n    return {'a': x[0]}  # code",
+]
 
 
 def changed(spec: JudgeSpec, **fields) -> JudgeSpec:
@@ -22,9 +49,13 @@ def changed(spec: JudgeSpec, **fields) -> JudgeSpec:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parity")
-    return make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
+def wide(shared_once) -> Path:
+    return shared_once("wide_judge", make_wide_judge)
+
+
+@pytest.fixture(scope="module")
+def folder(wide) -> Path:
+    return wide / "model"
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +69,13 @@ def spec(tokenizer):
 
 
 def judge_from(folder, spec) -> Judge:
-    spec.save(folder)
-    return Judge.from_pretrained(folder, batch_size=2)
+    return Judge.from_pretrained(folder, spec, parallel=2)
 
 
 def test_a_judge_is_like_itself_and_unlike_another(folder, spec, tmp_path):
     records = [Record(prompt=text, id=text) for text in ("It is clear.", "Why so?", "a b" * 400)]
     judge, other = (
-        judge_from(place, spec) for place in (folder, make_llama(tmp_path / "other", folder.parent / "spm", seed=1))
+        judge_from(place, spec) for place in (folder, make_llama(tmp_path / "other", vocabulary_folder("spm"), seed=1))
     )
     judged = list(judge.score_many(records))
     assert [bool(judgement.error) for judgement in judged] == [False, False, True]
@@ -57,12 +87,32 @@ def test_a_judge_is_like_itself_and_unlike_another(folder, spec, tmp_path):
         compare(judge, other, records[2:], judged[2:])
 
 
-@pytest.mark.parametrize("name", sorted(set(VOCABULARIES) - {"trained"}))
-def test_hard_records_are_read_alike_with_real_vocabularies(name):
+def texts_for(name: str) -> list[str]:
+    """Odd texts and sentences; for a real vocabulary also real prompts and reasonings."""
+    texts = ODD_TEXTS + make_sentences(87, seed=1)
+    if name in REAL:
+        real = read_records(SHARED / "data" / "vicuna_eval.json")
+        texts += [record.prompt for record in real] + [record.annotations[0].feedback for record in real]
+    return texts
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, *REAL])
+def test_byte_level_and_real_vocabularies_are_read_alike_on_both_sides(name):
     tokenizer = load_tokenizer(name)
-    model = load_model(SHARED / "tokenizers" / name / "vocab.gguf", vocab_only=True)
+    model = load_model(vocabulary_folder(name) / "vocab.gguf", vocab_only=True)
+    ours, theirs = GGUFVocabulary(model), TransformersVocabulary(tokenizer)
+    differing = [text for text in texts_for(name) if ours.encode(text) != theirs.encode(text)]
+    assert differing == [] and len(ours) == len(theirs)
     spec = make_spec(tokenizer, ScoreScale.integers(1, 5))
-    check_ids(spec, tokenizer, GGUFVocabulary(model), hard_records(spec))
+    check_ids(spec, tokenizer, ours, hard_records(spec))
+    llama_model_free(model)
+
+
+def test_an_exported_spm_vocabulary_is_read_alike_on_both_sides(wide, tokenizer):
+    model = load_model(wide / "out" / "judge-3.2-f32", vocab_only=True)
+    ours, theirs = GGUFVocabulary(model), TransformersVocabulary(tokenizer)
+    differing = [text for text in texts_for("spm") if ours.encode(text) != theirs.encode(text)]
+    assert differing == [] and len(ours) == len(theirs)
     llama_model_free(model)
 
 
@@ -90,16 +140,22 @@ def test_ids_that_spell_something_else_are_found(spec, tokenizer, tmp_path):
 
 
 class Misreading(TransformersVocabulary):
-    """Splits what the tokenizer joins."""
+    """Reads another last token, or adds one."""
+
+    def __init__(self, tokenizer, adds: bool):
+        super().__init__(tokenizer)
+        self.adds = adds
 
     def encode(self, text: str) -> list[int]:
-        return [token for character in text for token in super(Misreading, self).encode(character)]
+        ids = super().encode(text)
+        return [*ids, 5] if self.adds else [*ids[:-1], ids[-1] + 1]
 
 
-def test_a_prompt_with_other_tokens_is_found_with_its_place(spec, tokenizer):
+@pytest.mark.parametrize("adds, place", [(False, 2), (True, 3)])
+def test_a_prompt_with_other_tokens_is_found_with_its_place(spec, tokenizer, adds, place):
     record = Record(prompt="The answer", id="item 7")
-    with pytest.raises(RuntimeError, match="record item 7 has other tokens from position 3 on"):
-        check_ids(spec, tokenizer, Misreading(tokenizer), [record])
+    with pytest.raises(RuntimeError, match=f"record item 7 has other tokens from position {place} on"):
+        check_ids(spec, tokenizer, Misreading(tokenizer, adds), [record])
 
 
 def test_scores_beyond_the_bound_of_the_type_are_a_warning(spec, caplog):
@@ -120,3 +176,48 @@ def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(s
     caplog.set_level(logging.INFO)
     assert check_export(spec, tokenizer, folder, {}, 10**15, records=[]) == {}
     assert "takes 4000001.0 GB of memory" in caplog.text
+
+
+def test_the_gate_passes_what_is_the_same_and_prints_its_figures_where_no_log_takes_them(wide, tokenizer, capsys):
+    file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
+    figures = check_export(spec, tokenizer, wide / "model", {"f32": file}, weights=0)["f32"]
+    assert figures.records == 5 and figures.different_prompts == 0 and figures.mean_distance <= 0.001
+    shown = capsys.readouterr().err
+    assert "the ids of 5 prompts" in shown and "parity: f32: 5 records" in shown and "distributions by 0.00" in shown
+
+
+def test_a_file_of_another_head_is_found_by_its_distributions(wide, tokenizer, tmp_path):
+    """The score of a random model hardly moves: its labels hold next to no probability."""
+    file = shutil.copy(wide / "out" / "judge-3.2-f32", tmp_path / "judge.gguf")
+    weights = gguf_weights(file)["output.weight"]
+    weights[:] = weights[:, ::-1].copy()
+    weights.flush()
+    figures = check_export(JudgeSpec.load(wide / "model"), tokenizer, wide / "model", {"f32": file}, weights=0)
+    assert figures["f32"].mean_distance > 0.05
+
+
+def test_the_gate_reads_the_records_own_reasonings_and_a_fixed_one_for_the_others(wide, tokenizer, monkeypatch):
+    records = [
+        Record(prompt="The answer", feedback="It is clear. So the overall score is 4"),
+        Record(prompt="Why so?"),
+        Record(prompt="The step", annotations=(Annotation("It is kind.", 3.0), Annotation("No.", 1.0))),
+        Record(prompt="The source", feedback=" "),
+        Record(prompt="The source", feedback="It is long. " * 200),
+    ]
+    read = []
+
+    def note(judge: Judge, other: Judge, records: list[Record], judgements: list) -> Parity:
+        read.extend(judgement.feedback for judgement in judgements)
+        return compare(judge, other, records, judgements)
+
+    monkeypatch.setattr(parity, "compare", note)
+    file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
+    figures = check_export(spec, tokenizer, wide / "model", {"f32": file}, 0, records)["f32"]
+    fixed = "The answer is short and clear, but it gives no reason."
+    assert read[:4] == [["It is clear."], [fixed], ["It is kind."], [fixed]]
+    assert figures.records == 4 and figures.largest_difference <= 0.001
+
+
+def test_no_records_are_as_none_given(wide, tokenizer):
+    file, spec = wide / "out" / "judge-3.2-q8_0", JudgeSpec.load(wide / "model")
+    assert check_export(spec, tokenizer, wide / "model", {"q8_0": file}, 0, [])["q8_0"].records == 5

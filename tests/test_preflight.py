@@ -1,13 +1,17 @@
+"""The checks before the first step: what they let pass, and the faults that they find."""
+
+from __future__ import annotations
+
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import load, make_records
-from tiny import SHARED, load_tokenizer, make_family, make_sentences, make_spm
+from judges import randomise, seed_models
+from stages import SCALE, load, make_records
+from tiny import make_family, vocabulary_folder
 
-from tract_lite.scale import ScoreScale
 from tract_lite.spec import make_spec
 from tract_lite.training import preflight as preflight_module, trainer as trainer_module
 from tract_lite.training.encode import encode_records
@@ -20,12 +24,11 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("preflight")
-    load_tokenizer("qwen2")
-    spm = make_spm(folder / "spm", make_sentences())
-    vocabularies = {"llama": spm, "qwen2": SHARED / "tokenizers" / "qwen2", "phi3": spm}
-    return {name: make_family(folder / name, files, name) for name, files in vocabularies.items()}
+def seeds(shared_once) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        make_family(folder, vocabulary_folder("split digits"), "qwen2")
+
+    return {**seed_models(shared_once), "qwen2": shared_once("qwen2_with_chat_format", make)}
 
 
 def fly(model, tokenizer, spec, out: Path, **settings) -> None:
@@ -39,7 +42,7 @@ def fly(model, tokenizer, spec, out: Path, **settings) -> None:
 @pytest.mark.parametrize("in_4bit, precision", [(True, None), (False, None), (False, "bfloat16")])
 def test_a_sound_model_passes(seeds, tmp_path, caplog, family, in_4bit, precision):
     model, tokenizer = load_seed(seeds[family], in_4bit, backend="transformers", precision=precision)
-    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
+    spec = make_spec(tokenizer, SCALE, max_length=128)
     with caplog.at_level(logging.INFO):
         fly(add_lora(model), tokenizer, spec, tmp_path)
     assert "preflight: loss" in caplog.text
@@ -48,7 +51,7 @@ def test_a_sound_model_passes(seeds, tmp_path, caplog, family, in_4bit, precisio
 @pytest.mark.parametrize("dropout, ce_on_score", [(0.0, True), (0.3, True), (0.0, False)])
 def test_it_changes_neither_weights_nor_gradients_nor_random_numbers(seeds, tmp_path, dropout, ce_on_score):
     model, tokenizer = load_seed(seeds["llama"], False, backend="transformers")
-    spec = make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=128)
+    spec = make_spec(tokenizer, SCALE, max_length=128)
     model = add_lora(model, dropout=dropout)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     vocabulary = TransformersVocabulary(tokenizer)
@@ -62,10 +65,9 @@ def test_it_changes_neither_weights_nor_gradients_nor_random_numbers(seeds, tmp_
         assert torch.equal(weight, before[name]) and weight.grad is None
 
 
-def test_a_trained_adapter_passes_when_a_stage_goes_on(seeds, tmp_path):
+def test_an_adapter_that_is_no_longer_new_passes_when_a_stage_goes_on(seeds, tmp_path):
     model, tokenizer, spec = load(seeds["llama"])
-    train_stage(model, tokenizer, make_records(8), spec, tmp_path, TrainSettings(max_steps=2))
-    fly(model, tokenizer, spec, tmp_path)
+    fly(randomise(model), tokenizer, spec, tmp_path)
 
 
 def of_the_layer_before(model, ids, mask):

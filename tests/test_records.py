@@ -2,23 +2,35 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tract_lite.data.records import BadRows, read_records, record_to_row, split_records
+from tract_lite.data.formats import record_to_row
+from tract_lite.data.records import BadRows, read_records, records_from, split_records, write_records
 from tract_lite.record import Annotation, Record, Rubric
 from tract_lite.scale import ScoreScale
 
 ROOT = Path(__file__).parents[1]
 VICUNA = ROOT.parent / "shared" / "data" / "vicuna_eval.json"
 needs_data = pytest.mark.skipif(not VICUNA.is_file(), reason="no real data here")
+BENCHMARK = [
+    {
+        "instruction": f"###Task Description: judge {n}.\n###Feedback: ",
+        "gpt4_feedback": [f"So {n}.", "Or so.", "Or not."],
+        "gpt4_score": [1 + n, 2, 5],
+    }
+    for n in range(4)
+]
 ONE_TO_FIVE = ScoreScale.integers(1, 5)
 
 
@@ -79,17 +91,28 @@ def run_python(code, *, stdin="", **environment):
 # The three row shapes
 
 
-@needs_data
-def test_a_benchmark_item_is_one_record_with_the_mean_score_and_its_prompt_untouched():
-    rows = json.loads(VICUNA.read_text(encoding="utf-8"))
-    records = read_records(VICUNA, scale=ONE_TO_FIVE)
+def check_benchmark(path, rows):
+    records = read_records(path, scale=ONE_TO_FIVE)
     assert [record.prompt for record in records] == [row["instruction"] for row in rows]
     assert all(record.prompt.endswith("###Feedback: ") for record in records)
-    assert [record.id for record in records] == [str(n) for n in range(320)]
+    assert [record.id for record in records] == [str(n) for n in range(len(rows))]
     for record, row in zip(records, rows):
         assert record.score == pytest.approx(sum(row["gpt4_score"]) / 3)
         assert record.annotations == tuple(zip(row["gpt4_feedback"], row["gpt4_score"]))
-    assert sum(len(record.pairs()) for record in records) == 960
+        assert all(isinstance(annotation, Annotation) for annotation in record.annotations)
+    assert sum(len(record.pairs()) for record in records) == 3 * len(rows)
+
+
+def test_a_benchmark_item_is_one_record_with_the_mean_score_and_its_prompt_untouched(tmp_path):
+    write_json(tmp_path / "benchmark.json", BENCHMARK)
+    check_benchmark(tmp_path / "benchmark.json", BENCHMARK)
+
+
+@needs_data
+def test_so_is_an_item_of_a_real_benchmark():
+    rows = json.loads(VICUNA.read_text(encoding="utf-8"))
+    assert len(rows) == 320
+    check_benchmark(VICUNA, rows)
 
 
 def test_a_feedback_collection_row_is_read_from_its_original_columns(read):
@@ -313,12 +336,16 @@ def test_every_file_format_gives_the_same_records(tmp_path_factory, rows):
     assert [record.score for record in read_back[0]] == [row["score"] for row in rows]
 
 
-@needs_data
 def test_nested_columns_survive_parquet(read):
-    rows = json.loads(VICUNA.read_text(encoding="utf-8"))[:20]
     rubric = {"criteria": "c", "descriptions": {"1": "no", "5": "yes"}}
-    assert read(rows, "parquet") == read_records(VICUNA)[:20]
+    assert read(BENCHMARK, "parquet") == read(BENCHMARK) == records_from(BENCHMARK)
     assert read([{"response": "r", "rubric": rubric}], "parquet")[0].rubric == Rubric(**rubric)
+
+
+@needs_data
+def test_a_real_benchmark_survives_parquet(read):
+    rows = json.loads(VICUNA.read_text(encoding="utf-8"))[:20]
+    assert read(rows, "parquet") == read_records(VICUNA)[:20]
 
 
 def test_an_object_that_holds_one_list_is_read_as_that_list(read):
@@ -347,7 +374,7 @@ def test_the_format_can_be_named_where_the_suffix_misleads(tmp_path):
 
 
 def test_a_dash_reads_jsonl_from_standard_input():
-    code = "from tract_lite import records; print(ascii(records.read_records('-')[0].response))"
+    code = "from tract_lite.data import records; print(ascii(records.read_records('-')[0].response))"
     result = run_python(code, stdin='{"response": "café"}\n', PYTHONIOENCODING="latin-1")
     assert result.stdout == "'caf\\xe9'\n", result.stderr
 
@@ -397,7 +424,7 @@ def test_a_hub_data_set_is_read_by_its_split(tmp_path, monkeypatch):
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_an_error_with_words():
-    code = "from tract_lite.records import read_records; read_records('nobody/no-such-data')"
+    code = "from tract_lite.data.records import read_records; read_records('nobody/no-such-data')"
     result = run_python(code, HF_HUB_OFFLINE="1")
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ValueError: can't read nobody/no-such-data as hub:"), result.stderr
@@ -415,21 +442,93 @@ def test_pairs_are_one_training_record_per_annotation():
     assert low.pairs() == [low]
 
 
-@needs_data
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_record_written_as_a_row_reads_back_the_same(read, suffix):
     full = Record("i", "r", Rubric("c", {"1": "no", "5": "yes"}), "best", 4.0, "good", id="a", feedback_ids=(7, 8))
     bare = Record(prompt="p", score=0.0, id="b")
     assert read([record_to_row(full), record_to_row(bare)], suffix) == [full, bare]
-    item = read_records(VICUNA)[0]
+    item = records_from(BENCHMARK)[0]
     assert read([record_to_row(item)], suffix) == [dataclasses.replace(item, annotations=())]
 
 
-@needs_data
-def test_annotations_have_names():
-    [record] = read_records(VICUNA)[:1]
-    first = record.annotations[0]
-    assert isinstance(first, Annotation) and first.score == 5.0 and first.feedback
+def test_records_that_are_written_read_back_the_same(tmp_path):
+    records = [
+        Record("i", "r", Rubric("c", {"1": "no"}), score=4.0, id="a", feedback_ids=(7,)),
+        Record(prompt="p", id="b"),
+    ]
+    write_records(tmp_path / "records.jsonl", iter(records))
+    assert read_records(tmp_path / "records.jsonl") == records
+
+
+# Rows in memory
+
+
+def test_dicts_are_read_as_a_file_of_them_would_be(read):
+    rows = [
+        {"response": "r", "criteria": "c", "description_1": "no", "score": 3, "id": "x"},
+        {"prompt": "p", "score": None, "feedback": ""},
+        {"orig_response": "r", "output": "Short. [RESULT] 2", "orig_score": "2"},
+        *BENCHMARK,
+    ]
+    assert records_from(rows) == records_from(iter(rows)) == read(rows)
+
+
+def test_a_data_frame_is_read_as_its_file_would_be(read, tmp_path):
+    rows = [
+        {"response": "a", "criteria": "c", "score": 3, "id": 7, "reference": "best"},
+        {"response": "b", "criteria": "c", "score": None, "id": 8, "reference": None},
+    ]
+    frame = pd.DataFrame(rows)
+    assert frame["score"].isna().any() and frame["id"].dtype == np.int64
+    assert records_from(frame) == read(rows)
+    assert [record.id for record in records_from(frame)] == ["7", "8"]
+    for kind in ("parquet", "csv"):
+        write = getattr(frame, f"to_{kind}")
+        write(tmp_path / f"frame.{kind}", index=False)
+        assert records_from(getattr(pd, f"read_{kind}")(tmp_path / f"frame.{kind}")) == read(rows)
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, np.nan, pd.NA, pd.NaT])
+def test_a_missing_cell_is_absent_in_a_data_frame_and_in_dicts(missing):
+    full = {"response": "r", "score": 2, "id": "a", "feedback": "f", "reference": "best"}
+    lacking = {**dict.fromkeys(full, missing), "response": "other"}
+    expected = [
+        Record(response="r", score=2.0, id="a", feedback="f", reference="best"),
+        Record(response="other", id="1"),
+    ]
+    assert records_from([full, lacking]) == expected
+    assert records_from(pd.DataFrame([full, lacking])) == expected
+    assert records_from(pd.DataFrame([full, lacking]).convert_dtypes()) == expected
+
+
+def test_whole_numbers_stay_whole_beside_missing_cells():
+    frame = pd.DataFrame(
+        {"response": ["a", "b"], "id": pd.array([3, None], "Int64"), "score": pd.array([4, None], "Int8")}
+    )
+    assert [(record.id, record.score) for record in records_from(frame)] == [("3", 4.0), ("1", None)]
+
+
+def test_cells_may_be_numbers_and_lists_of_numpy(tmp_path):
+    write_parquet(tmp_path / "benchmark.parquet", BENCHMARK)
+    frame = pd.read_parquet(tmp_path / "benchmark.parquet")
+    assert isinstance(frame["gpt4_score"][0], np.ndarray)
+    assert records_from(frame) == records_from(BENCHMARK)
+    row = {"prompt": "p", "id": np.int64(5), "score": np.float32(2.5), "feedback_ids": np.array([7, 8])}
+    assert records_from([row]) == [Record(prompt="p", id="5", score=2.5, feedback_ids=(7, 8))]
+    rubric = {"criteria": "c", "descriptions": {"1": "no", "5": None}}
+    assert records_from(pd.DataFrame([{"response": "r", "rubric": rubric}]))[0].rubric == Rubric("c", {"1": "no"})
+
+
+def test_bad_rows_in_memory_are_named_by_their_place(caplog):
+    rows = [{"response": "r", "score": 9}, {"response": "r"}, "text"]
+    with pytest.raises(BadRows, match="the rows given: unusable rows: 2") as caught:
+        records_from(rows, scale=ONE_TO_FIVE)
+    assert [fault.split(":")[0] for fault in caught.value.rows] == ["row 1", "row 3"]
+    rejected = []
+    assert [r.id for r in records_from(rows, scale=ONE_TO_FIVE, skip_bad=True, rejected=rejected)] == ["1"]
+    assert rejected == caught.value.rows and "unusable rows left out: 2" in caplog.text
+    with pytest.raises(ValueError, match="the rows given has no usable row"):
+        records_from([])
 
 
 def test_the_key_depends_on_what_the_judge_reads_and_on_nothing_else():
@@ -492,5 +591,5 @@ def test_a_fraction_is_between_zero_and_one(fraction):
 
 def test_reading_records_needs_no_heavy_package():
     heavy = {"torch", "transformers", "datasets", "pandas", "pyarrow", "scipy"}
-    code = f"import sys, tract_lite.records; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, tract_lite.data.records; print(sorted({heavy} & sys.modules.keys()))"
     assert run_python(code).stdout == "[]\n"

@@ -104,7 +104,9 @@ def test_a_scale_is_read_from_its_lowest_and_highest_score(text, low, high):
     assert ScoreScale.parse(text) == ScoreScale.integers(low, high)
 
 
-@pytest.mark.parametrize("text", ["", "5", "1-", "-5", "1-1", "5-1", "-1--5", "1-5-9", "a-b", "1.5-3", "1,5", "1--", "1\n5"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "1-", "-5", "1-1", "5-1", "-1--5", "1-5-9", "a-b", "1.5-3", "1,5", "1--", "1\n5"]
+)
 def test_a_text_that_names_no_scale_is_refused_with_an_example(text):
     with pytest.raises(ValueError, match="can't be read: give its lowest and highest score, as in 1-5"):
         ScoreScale.parse(text)

@@ -15,7 +15,9 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 def make_engine() -> WritingEngine:
     tokenizer = load_tokenizer("spm")
-    return WritingEngine(make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer))
+    engine = WritingEngine(make_spec(tokenizer, ScoreScale.integers(1, 5)), TransformersVocabulary(tokenizer))
+    engine.identity, engine.shape = {"model": "tiny"}, {"parallel": 4}
+    return engine
 
 
 def make_records(*texts: str) -> list[Record]:

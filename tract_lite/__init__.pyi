@@ -1,4 +1,3 @@
-from .version import __version__ as __version__
 from .data.records import (
     read_records as read_records,
     records_from as records_from,
@@ -32,3 +31,4 @@ from .training.seed_model import add_lora as add_lora, load_seed as load_seed
 from .training.settings import TrainSettings as TrainSettings
 from .training.stage import train_adapter as train_adapter, train_stage as train_stage
 from .training.toy_seed_model import make_toy_seed_model as make_toy_seed_model
+from .version import __version__ as __version__

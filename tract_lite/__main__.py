@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
-from tract_lite.options import JudgeOptions, add_flags, options_from
-from tract_lite.presets import StageOptions, preset_for
+from tract_lite.data.records import BadRows
+from tract_lite.options import GROUPS, ExportOptions, JudgeOptions, MergeOptions, ReasonOptions, add_flags, options_from
+from tract_lite.presets import TrainOptions, preset_for
 from tract_lite.version import __version__
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -37,22 +39,24 @@ def train(args: argparse.Namespace) -> None:
     from tract_lite.training.stage import train_adapter
 
     logging.getLogger("tract_lite").setLevel(logging.INFO)
-    preset = preset_for(options_from(StageOptions, args))
+    options = options_from(TrainOptions, args)
+    preset = preset_for(options)
     if not preset.seed_model:
         raise ValueError("name the model to train with --seed-model, a folder or a hub id")
-    files = {name: source for name in ("data", "validation") if (source := getattr(args, name))}
-    records = {
-        name: [
+    records, validation = (
+        [
             pair
-            for record in read_records(source, args.format, scale=preset.scale, skip_bad=preset.skip_bad)
+            for record in read_records(source, options.format, scale=preset.scale, skip_bad=preset.skip_bad)
             for pair in record.pairs()
         ]
-        for name, source in files.items()
-    }
-    training, settings = records.pop("data")[: preset.max_items], preset.training
-    options = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
-    estimate_run(training, settings, parallel=preset.parallel, **options)
-    print(train_adapter(training, args.output, settings=settings, **records, **options))
+        if source
+        else []
+        for source in (args.data, options.validation)
+    )
+    training, settings = records[: preset.max_items], preset.training
+    seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
+    estimate_run(training, settings, parallel=preset.parallel, **seed)
+    print(train_adapter(training, args.output, settings=settings, validation=validation, **seed))
 
 
 def reason(args: argparse.Namespace) -> None:
@@ -61,9 +65,10 @@ def reason(args: argparse.Namespace) -> None:
     from tract_lite.judge import Judge
     from tract_lite.self_cot import generate_cots
 
-    records = [pair for record in read_records(args.data, args.format) for pair in record.pairs()]
-    with Judge.from_adapter(args.adapter_dir, parallel=args.parallel) as judge:
-        kept, rejected = generate_cots(judge, records, args.output, args.seed)
+    options = options_from(ReasonOptions, args)
+    records = [pair for record in read_records(args.data, options.format) for pair in record.pairs()]
+    with Judge.from_adapter(args.adapter_dir, parallel=options.parallel) as judge:
+        kept, rejected = generate_cots(judge, records, args.output, options.seed)
     print(f"{args.output}: {len(kept)} reasonings, {rejected.total()} rejected {dict(rejected) or ''}".rstrip())
 
 
@@ -89,10 +94,12 @@ def export(args: argparse.Namespace) -> None:
                 f"{args.model_dir} is an adapter, which is written as it is: --quantization is for model folders"
             )
         seed_model = args.seed_model or JudgeSpec.load(args.model_dir).base_model
-        written = export_adapter(args.model_dir, seed_model, args.output, check=args.check)
+        written = export_adapter(args.model_dir, seed_model, args.output, check=not args.no_check)
     else:
         names = names or ["f16"]
-        written = export_gguf(args.model_dir, args.output, names[0] if len(names) == 1 else names, check=args.check)
+        written = export_gguf(
+            args.model_dir, args.output, names[0] if len(names) == 1 else names, check=not args.no_check
+        )
     for path in [written] if isinstance(written, Path) else written:
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
@@ -122,8 +129,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no file {args.output}")
     if args.output.suffix != ".jsonl":
         raise ValueError(f"{args.output}: evaluate reads the rows in {args.output.with_suffix('.jsonl')}")
-    # Of two rows of one item the later one stands.
-    rows = list({row.get("id", number): row for number, row in enumerate(read_rows(args.output))}.values())
+    # Of two rows of one item the later one stands; without an id, each is an item.
+    rows = list({row.get("id") or (number,): row for number, row in enumerate(read_rows(args.output))}.values())
     pairs = [(row.get("score"), row["gold"]) for row in rows if row.get("gold") is not None]
     if not pairs:
         raise ValueError(f"none of the {len(rows)} rows of {args.output} has a gold score")
@@ -142,74 +149,48 @@ def report(args: argparse.Namespace) -> None:
     print(write_report(args.run_dir))
 
 
+DATA = ("data", "DATA", "file or hub id of records with gold scores and reasonings")
+ADAPTER_DIR = ("adapter_dir", "ADAPTER", "folder that `train` has written")
+MODEL_DIR = ("model_dir", "MODEL_DIR", "merged judge, or the folder of an adapter")
+MODEL = ("model", "MODEL", "GGUF file, or the http(s) URL of a server")
+INPUT = ("input", "INPUT", "file or hub id; '-' is JSONL on standard input")
+JUDGED = ("output", "OUTPUT.jsonl", "what `judge` has written")
+RUN_DIR = ("run_dir", "RUN_DIR", "folder of a run")
+# Each verb with its positional arguments, what it writes, and its options.
+VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
+    (train, (DATA,), "FOLDER", TrainOptions),
+    (reason, (ADAPTER_DIR, DATA), "FILE.jsonl", ReasonOptions),
+    (merge, (ADAPTER_DIR,), "FOLDER", MergeOptions),
+    (export, (MODEL_DIR,), "FILE.gguf", ExportOptions),
+    (judge, (MODEL, INPUT), "", JudgeOptions),
+    (evaluate, (JUDGED,), "", None),
+    (report, (RUN_DIR,), "", None),
+)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with the verb's function as `run`."""
     parser = argparse.ArgumentParser("tract-lite", description="Judge text with numbers.")
     parser.add_argument("--version", action="version", version=f"tract-lite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    def verb(run: Callable[[argparse.Namespace], None], *places: tuple[str, str, str], output: str = "") -> Any:
-        """A verb with its positional arguments: name, how it is shown, what it is."""
-        added = verbs.add_parser(run.__name__, help=run.__doc__)
-        added.set_defaults(run=run)
+    for run, places, written, kind in VERBS:
+        verb = verbs.add_parser(run.__name__, help=run.__doc__)
+        verb.set_defaults(run=run)
         for name, shown, meaning in places:
-            kind = Path if name.endswith("_dir") or name == "output" else str
-            added.add_argument(name, type=kind, metavar=shown, help=meaning)
-        if output:
-            added.add_argument("-o", "--output", type=Path, required=True, metavar=output)
-        return added
-
-    data = ("data", "DATA", "file or hub id of records with gold scores and reasonings")
-    adapter = ("adapter_dir", "ADAPTER", "folder that `train` has written")
-    formats = {"default": "auto", "help": "jsonl, json, csv, parquet or hub (by name)"}
-    seed_model = {"metavar": "SEED", "help": "an adapter's seed model, folder or hub id (the one in its spec)"}
-
-    added = verb(train, data, output="FOLDER")
-    add_flags(added, StageOptions)
-    added.add_argument("--validation", metavar="FILE", help="records to choose the best step by (none: the last)")
-    added.add_argument("--format", **formats)
-
-    added = verb(reason, adapter, data, output="FILE.jsonl")
-    added.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
-    added.add_argument("--parallel", type=int, default=16, metavar="N", help="sequences decoded at once (16)")
-    added.add_argument("--format", **formats)
-
-    added = verb(merge, adapter, output="FOLDER")
-    added.add_argument("--seed-model", **seed_model)
-    added.add_argument("--base", choices=("4bit", "16bit"), default="4bit", help="weights to add to (4bit)")
-
-    added = verb(export, ("model_dir", "MODEL_DIR", "merged judge, or the folder of an adapter"), output="FILE.gguf")
-    added.add_argument(
-        "--quantization", nargs="+", metavar="NAME", help="llama.cpp's file types (f16); several give FILE-NAME.gguf"
-    )
-    added.add_argument("--seed-model", **seed_model)
-    added.add_argument("--no-check", dest="check", action="store_false", help="do not compare with transformers")
-
-    added = verb(
-        judge,
-        ("model", "MODEL", "GGUF file, or the http(s) URL of a server"),
-        ("input", "INPUT", "file or hub id; '-' is JSONL on standard input"),
-    )
-    added.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="OUTPUT",
-        help=".jsonl: rows are appended, and items that are there already are not judged again; .csv or .parquet: "
-        "a table made from such rows, which stand in OUTPUT's name with .jsonl",
-    )
-    added.add_argument(
-        "--explain",
-        nargs="?",
-        const="",
-        metavar="ID",
-        help="print one item (the first) as a person reads it, and write nothing",
-    )
-    titles = {"file": "a GGUF file", "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)"}
-    add_flags(added, JudgeOptions, titles)
-
-    verb(evaluate, ("output", "OUTPUT.jsonl", "what `judge` has written"))
-    verb(report, ("run_dir", "RUN_DIR", "folder of a run"))
+            is_path = name.endswith("_dir") or name == "output"
+            verb.add_argument(name, type=Path if is_path else str, metavar=shown, help=meaning)
+        if written:
+            verb.add_argument("-o", "--output", type=Path, required=True, metavar=written)
+        if run is judge:
+            written_as = (
+                ".jsonl: rows are appended, and items that are there already are not judged again; .csv or .parquet: "
+                "a table made from such rows, which stand in OUTPUT's name with .jsonl"
+            )
+            verb.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help=written_as)
+            explained = "print one item (the first) as a person reads it, and write nothing"
+            verb.add_argument("--explain", nargs="?", const="", metavar="ID", help=explained)
+        if kind:
+            add_flags(verb, kind, GROUPS if kind is JudgeOptions else None)
     return parser.parse_args(arguments)
 
 
@@ -229,14 +210,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, message = INTERRUPTED, ["stopped; the same command goes on"]
     except ModuleNotFoundError as error:
-        package = PACKAGES.get(error.name or "", error.name)
-        code, message = USER_ERROR, [f"{error}: pip install {package}"]
-    except MENDABLE as error:
-        # Of many bad rows, the first.
+        module = (error.name or "").partition(".")[0]
+        code, message = USER_ERROR, [f"{error}: pip install {PACKAGES.get(module, module)}"]
+    except BadRows as error:
+        # The first of them, of many.
         code, message = USER_ERROR, str(error).splitlines()[:2]
+    except MENDABLE as error:
+        code, message = USER_ERROR, str(error).splitlines()
     except (RuntimeError, OSError, MemoryError) as error:
         code, message = FAILED, (str(error) or type(error).__name__).splitlines()
-    print("error:", " ".join(line.strip() for line in message), file=sys.stderr)
+    text = "; ".join(line.strip() for line in message)
+    print("error:", re.sub("([.:;,]);", r"\1", text), file=sys.stderr)
     with suppress(RuntimeError):
         _flush_stdout()
     return code

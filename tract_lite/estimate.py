@@ -1,7 +1,5 @@
 """How long a run will take, from a few measured steps."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import replace
@@ -36,9 +34,7 @@ def estimate_run(
 
     Trains nothing: a few passes of a new adapter are measured. `seed` says how the seed model is
     loaded and asked, as for `train_adapter`; `parallel` reasonings are written at once.
-
-    Raises:
-        ValueError: no record can be trained on.
+    Raises ValueError: no record can be trained on.
     """
     model, tokenizer, spec = open_seed_model(**seed)
     model = add_lora(model, gradient_checkpointing=gradient_checkpointing)

@@ -1,7 +1,5 @@
 """Records to judgements: sample reasonings, read the score distribution after each, average."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import deque
@@ -12,7 +10,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
 import numpy as np
 
 from tract_lite.data.files import fingerprint
-from tract_lite.data.resume import ResumableRows
+from tract_lite.data.resume import MOST_WAITING, ResumableRows
 from tract_lite.engines.task import Engine, Sample, Task, answers_in_order, sample_seed
 from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
@@ -42,15 +40,13 @@ class Judge:
     @classmethod
     def from_gguf(
         cls, path: str | Path, spec: SpecSource | None = None, *, adapter: str | Path | None = None, **options: Any
-    ) -> Judge:
+    ) -> "Judge":
         """A judge from a GGUF file, run by llama.cpp; `options` are those of `LlamaEngine`.
 
         With `adapter` (what `export_adapter` has written), the file is the adapter's seed model,
         which serves many judges: `use_adapter` goes on to the next one.
-
-        Raises:
-            ValueError: not a GGUF file, one without a judge spec and none is given, or an adapter
-                of another seed model.
+        Raises ValueError: not a GGUF file, one without a judge spec and none is given, or an
+            adapter of another seed model.
         """
         from tract_lite.engines.llama import LlamaEngine
 
@@ -59,8 +55,8 @@ class Judge:
     def use_adapter(self, path: str | Path, spec: SpecSource | None = None) -> None:
         """Become the judge of another adapter on the same GGUF file, which stays loaded.
 
-        Raises:
-            ValueError: not an adapter on this base, one without a judge spec, or not a GGUF judge.
+        Raises ValueError: not an adapter on this base, one without a judge spec, or not a GGUF
+            judge.
         """
         if not hasattr(self.engine, "use_adapter"):
             raise ValueError("only a judge from a GGUF file can change its adapter")
@@ -68,23 +64,21 @@ class Judge:
         self.spec = self.engine.spec
 
     @classmethod
-    def from_server(cls, url: str, model: str | None = None, spec: SpecSource | None = None, **options: Any) -> Judge:
+    def from_server(cls, url: str, model: str | None = None, spec: SpecSource | None = None, **options: Any) -> "Judge":
         """A judge that llama-server or vLLM runs at `url`; `model` is its name there.
 
         `spec`, or the path of one, of the judge's folder or of its GGUF, is needed where the server
         runs on another machine. `options` are those of `ServerEngine`: `parallel` (samples in
         flight), `timeout` (seconds), `retries`, `api_key`, `vocabulary`.
-
-        Raises:
-            ValueError: no spec, no such model, or the spec of another judge.
-            RuntimeError: nothing answers there, or it is neither llama-server nor vLLM.
+        Raises ValueError: no spec, no such model, or the spec of another judge.
+        Raises RuntimeError: nothing answers there, or it is neither llama-server nor vLLM.
         """
         from tract_lite.engines.server import ServerEngine
 
         return cls(ServerEngine(url, model, spec, **options))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None, parallel: int = 16) -> Judge:
+    def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None, parallel: int = 16) -> "Judge":
         """A judge from a merged model folder, run by transformers in this machine's precision."""
         from tract_lite.training.seed_model import load_seed
 
@@ -102,14 +96,12 @@ class Judge:
         seed_model: str | Path | None = None,
         precision: str | None = None,
         parallel: int = 16,
-    ) -> Judge:
+    ) -> "Judge":
         """A judge from the folder of a trained adapter, on its seed model as it was trained.
 
         `folder` is what `train_adapter` returns, or its stage's folder. `seed_model`: where the
         seed model is now, if it is not where the training had it.
-
-        Raises:
-            ValueError: no adapter there, or one without a judge spec.
+        Raises ValueError: no adapter there, or one without a judge spec.
         """
         from tract_lite.training.seed_model import free_memory, load_adapter, load_seed
 
@@ -126,11 +118,10 @@ class Judge:
     @classmethod
     def from_seed(
         cls, seed_model: str | Path, scale: ScoreScale, *, parallel: int = 16, **options: Unpack[SeedOptions]
-    ) -> Judge:
+    ) -> "Judge":
         """The seed model as a judge before any training, loaded as for training.
 
-        Raises:
-            ValueError: no such model, or the scale does not fit its vocabulary.
+        Raises ValueError: no such model, or the scale does not fit its vocabulary.
         """
         from tract_lite.training.seed_model import open_seed_model
 
@@ -140,7 +131,7 @@ class Judge:
     @classmethod
     def from_model(
         cls, model: Any, tokenizer: Any, spec: JudgeSpec, parallel: int = 16, identity: Mapping[str, Any] | None = None
-    ) -> Judge:
+    ) -> "Judge":
         """A judge from a loaded transformers model, with or without an adapter.
 
         `parallel` sequences are decoded at once; `identity` tells the model from others.
@@ -152,8 +143,7 @@ class Judge:
     def score(self, record: Record, n_cot: int = 1, seed: int = 0) -> Judgement:
         """Judge one record.
 
-        Raises:
-            ValueError: the record can't be judged.
+        Raises ValueError: the record can't be judged.
         """
         judgement = next(self.score_many([record], n_cot, seed))
         if judgement.error:
@@ -178,9 +168,8 @@ class Judge:
 
         `resume` names a JSONL file: judgements are added to it as they come, and records that have
         theirs there are not judged again, unless they failed.
-
-        Raises:
-            ValueError: `resume` holds something else, or was judged by another judge or otherwise.
+        Raises ValueError: `resume` holds something else, or was judged by another judge or
+            otherwise.
         """
         if resume is None:
             return self._judged(records, n_cot, seed, reasonings)
@@ -192,7 +181,7 @@ class Judge:
         return map(Judgement.from_row, filled)
 
     def how(self, n_cot: int = 1, seed: int = 0) -> dict[str, Any]:
-        """What makes judgements what they are: the model, the spec, how many reasonings, the seed."""
+        """What makes judgements what they are: model, spec, number of reasonings, seed."""
         spec = hashlib.sha256(self.spec.to_json().encode("utf-8")).hexdigest()
         return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed}
 
@@ -200,7 +189,7 @@ class Judge:
         """Free the model."""
         self.engine.close()
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> "Judge":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -225,13 +214,24 @@ class Judge:
             except Exception as error:
                 broken.append(error)
 
+        def one_run(first: Task) -> Iterator[Task | Exception]:
+            """What the engine is asked in one run, which ends if too many faults wait for it."""
+            yield first
+            for task in tasks:
+                yield task
+                if isinstance(task, Exception) and len(names) >= MOST_WAITING:
+                    return
+
+        tasks = asked()
         count = low = 0
         try:
-            for answer in answers_in_order(self.engine, asked()):
-                judgement = self._judgement(names.popleft(), answer)
-                count += 1
-                low += judgement.mass < LOW_MASS
-                yield judgement
+            for first in tasks:
+                fault = isinstance(first, Exception)
+                for answer in [first] if fault else answers_in_order(self.engine, one_run(first)):
+                    judgement = self._judgement(names.popleft(), answer)
+                    count += 1
+                    low += judgement.mass < LOW_MASS
+                    yield judgement
         finally:
             if low:
                 logger.warning(LOW_MASS_WARNING, low, count, LOW_MASS)

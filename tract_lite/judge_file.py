@@ -1,7 +1,5 @@
 """Judging a file: records in, judgements out, from a GGUF file or a server."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import fields
@@ -29,10 +27,8 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
 
     The rows stand in a JSONL file, appended as they come. `x.csv` or `x.parquet` is a table made
     from the rows in `x.jsonl`; `x.run.json` says how they were judged.
-
-    Raises:
-        ValueError: the output is of another kind, or holds something else.
-        RuntimeError: not one item could be judged.
+    Raises ValueError: the output is of another kind, or holds something else.
+    Raises RuntimeError: not one item could be judged.
     """
     _check(model, options)
     rows = ResumableRows(_rows_file(output, source))
@@ -58,8 +54,7 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
 def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tuple[Record, Judgement]:
     """The item with an id, or the first where that is empty, and its judgement.
 
-    Raises:
-        ValueError: there is no such item.
+    Raises ValueError: there is no such item.
     """
     _check(model, options)
     records = read_records(source, options.format, skip_bad=options.skip_bad)
@@ -75,9 +70,8 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
 def _rows_file(output: Path, source: str) -> Path:
     """The JSONL file of an output, after what can be told before anything is judged.
 
-    Raises:
-        ValueError: the output is of another kind, is the input, or is somebody's table.
-        FileNotFoundError: no such folder.
+    Raises ValueError: the output is of another kind, is the input, or is somebody's table.
+    Raises FileNotFoundError: no such folder.
     """
     if output.suffix.lower() != ".jsonl":
         check_table(output)

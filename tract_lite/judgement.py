@@ -1,7 +1,5 @@
 """What a judge says of one record: the figures, and how a person reads them."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil
@@ -60,7 +58,7 @@ class Judgement:
     @classmethod
     def from_probabilities(
         cls, name: str | None, rows: np.ndarray, values: Mapping[str, float], **fields: Any
-    ) -> Judgement:
+    ) -> "Judgement":
         """The judgement that the labels' probabilities (n_cot, K) after each reasoning make.
 
         `values` is what each label stands for, `fields` are further ones of the judgement.
@@ -91,15 +89,13 @@ class Judgement:
         """
         return stdev(self.scores) if len(self.scores) > 1 else math.nan
 
-    def probability_above(self, other: Judgement) -> float:
+    def probability_above(self, other: "Judgement") -> float:
         """P(A > B): the chance that this item deserves more than the other; ties count half.
 
         The sum over labels a, b of p(a) q(b) ([a > b] + [a = b] / 2), with the values of the labels
         compared and both distributions normalised to the labels: two judgements that look the same
         give 0.5, and P(A > B) + P(B > A) = 1.
-
-        Raises:
-            ValueError: one has no score, or they are not on the same scale.
+        Raises ValueError: one has no score, or they are not on the same scale.
         """
         for judgement in (self, other):
             if not judgement.mass > 0:
@@ -123,7 +119,7 @@ class Judgement:
         return {key: None if value != value else value for key, value in row.items()}
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Judgement:
+    def from_row(cls, row: Mapping[str, Any]) -> "Judgement":
         """The judgement that `to_row` wrote; other columns are left alone."""
         absent = {"id": None, "error": None}
         return cls(

@@ -5,8 +5,6 @@ Shapes: B sequences, T positions, H hidden size, V vocabulary, K labels, N super
 Source: TRACT, Eq. 4.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

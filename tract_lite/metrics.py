@@ -4,8 +4,6 @@ A figure with an interval is a function of predictions and golds, both (..., n):
 items of the last axis, so that a stack of bootstrap resamples is measured at once.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any, Callable, Mapping, Sequence
@@ -30,17 +28,9 @@ def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dic
     `coverage` their share. `intervals` are 95 % percentile bootstraps over items with a fixed
     seed. What is undefined is NaN: correlations of constant scores, all intervals of one item.
     `qwk` rounds scores to whole numbers, its only labels: it says little on a scale of fractions.
-
-    Raises:
-        ValueError: no items, lengths that differ, or a gold score that is not finite.
+    Raises ValueError: no items, lengths that differ, or a gold score that is not finite.
     """
-    predicted = np.array(list(predictions), dtype=np.float64)
-    gold = np.array(list(golds), dtype=np.float64)
-    if gold.size == 0 or predicted.shape != gold.shape:
-        raise ValueError(f"predictions and golds must pair up, got {predicted.size} and {gold.size} of them")
-    if not np.isfinite(gold).all():
-        items = np.flatnonzero(~np.isfinite(gold)).tolist()
-        raise ValueError(f"gold scores must be finite; those of items {items[:20]} are not")
+    gold, predicted = _paired(golds, predictions)
     used = np.isfinite(predicted)
     predicted, gold = predicted[used], gold[used]
     with warnings.catch_warnings():
@@ -60,15 +50,10 @@ def compare_judges(
     `count` of them. A negative difference in rmse or mae means that a errs less. `intervals` are
     95 % percentile bootstraps with a fixed seed; items are drawn in pairs, so that what makes an
     item hard for both does not count. `a` and `b` hold what `evaluate` says of each on these items.
-
-    Raises:
-        ValueError: lengths that differ, no item that both have judged, or a gold score that is not
-            finite.
+    Raises ValueError: lengths that differ, no item that both have judged, or a gold score that is
+        not finite.
     """
-    a, b = (np.array([_score_of(one) for one in judged]) for judged in (judged_a, judged_b))
-    gold = np.array(list(golds), dtype=np.float64)
-    if not a.shape == b.shape == gold.shape:
-        raise ValueError(f"the judgements and golds must pair up, got {a.size}, {b.size} and {gold.size}")
+    gold, a, b = _paired(golds, *([_score_of(one) for one in judged] for judged in (judged_a, judged_b)))
     both = np.isfinite(a) & np.isfinite(b)
     if not both.any():
         raise ValueError("there is no item that both judges have judged")
@@ -81,6 +66,21 @@ def compare_judges(
         "intervals": draws,
         **figures,
     }
+
+
+def _paired(golds: Sequence[float], *predictions: Sequence[float | None]) -> list[np.ndarray]:
+    """The golds and all predictions as arrays.
+
+    Raises ValueError: no items, lengths that differ, or a gold score that is not finite.
+    """
+    gold, *predicted = arrays = [np.array(list(scores), dtype=np.float64) for scores in (golds, *predictions)]
+    if gold.size == 0 or any(scores.shape != gold.shape for scores in predicted):
+        counts = ", ".join(str(scores.size) for scores in predicted)
+        raise ValueError(f"predictions and golds must pair up, got {counts} and {gold.size} of them")
+    if not np.isfinite(gold).all():
+        items = np.flatnonzero(~np.isfinite(gold)).tolist()
+        raise ValueError(f"gold scores must be finite; those of items {items[:20]} are not")
+    return arrays
 
 
 def _score_of(judged: Judgement | float | None) -> float:

@@ -47,8 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Any], groups: Mapping[
 def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
     """The options that were given as flags.
 
-    Raises:
-        ValueError: a number is too small.
+    Raises ValueError: a number is too small.
     """
     chosen = {}
     for item in fields(kind):
@@ -58,6 +57,9 @@ def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
             raise ValueError(f"{flag_of(item.name)} must be at least {least}, got {value}")
         chosen[item.name] = tuple(value) if isinstance(value, list) else value
     return kind(**chosen)
+
+
+GROUPS = {"file": "a GGUF file", "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)"}
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,32 @@ class JudgeOptions:
     context_length: int | None = option(None, "tokens per sequence (as in training)", group="file", least=1)
     server_model: str | None = option(None, "the model's name there", group="server")
     timeout: float | None = option(None, "seconds of one request", group="server", least=1)
+    retries: int | None = option(None, "how often a request is sent again (4)", group="server", least=0)
+
+
+@dataclass(frozen=True)
+class ReasonOptions:
+    """What a user may choose for the reasonings of a trained adapter."""
+
+    seed: int = option(0, "seed of the sampling")
+    parallel: int = option(16, "sequences decoded at once", least=1)
+    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a user may choose for a merge."""
+
+    seed_model: str | None = option(None, "the adapter's seed model, folder or hub id (the one in its spec)")
+    base: str = option("4bit", "weights to add to", choices=("4bit", "16bit"))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose for an export."""
+
+    quantization: tuple[str, ...] | None = option(
+        None, "llama.cpp's file types (f16); several give FILE-NAME.gguf each", metavar="NAME"
+    )
+    seed_model: str | None = option(None, "an adapter's seed model, folder or hub id (the one in its spec)")
+    no_check: bool = option(False, "do not compare with transformers")

@@ -61,7 +61,7 @@ class Preset:
 
     @property
     def seed(self) -> dict[str, Any]:
-        """How the seed model is loaded and asked, as `train_adapter` and `Judge.from_seed` take it."""
+        """How the seed model is loaded and asked, as `train_adapter` takes it."""
         template = Path(self.template).read_text(encoding="utf-8") if self.template else None
         return {
             "seed_model": self.seed_model,
@@ -151,6 +151,14 @@ class StageOptions:
     epochs: float | None = option(None, "epochs of each stage")
     precision: str | None = option(None, "type to compute in (by the hardware)", choices=PRECISIONS)
     skip_bad: bool = option(False, "go on without unusable rows")
+
+
+@dataclass(frozen=True)
+class TrainOptions(StageOptions):
+    """What a user may choose for a single stage."""
+
+    validation: str | None = option(None, "records to choose the best step by (none: the last)", metavar="FILE")
+    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
 
 
 @dataclass(frozen=True)

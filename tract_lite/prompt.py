@@ -4,12 +4,11 @@ This module owns every fixed phrase. Ids are joined, never re-tokenised: prompt,
 and label are encoded apart in training and in judging alike.
 """
 
-from __future__ import annotations
-
 import re
+from functools import lru_cache
 from typing import Sequence
 
-from jinja2 import StrictUndefined, UndefinedError
+from jinja2 import StrictUndefined, Template, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from tract_lite.record import Record
@@ -23,13 +22,12 @@ _environment = SandboxedEnvironment(trim_blocks=True, undefined=StrictUndefined)
 def render(record: Record, spec: JudgeSpec) -> str:
     """The text that is asked about a record: its ready prompt, or the spec's template filled.
 
-    Raises:
-        ValueError: the template asks for what the record lacks.
+    Raises ValueError: the template asks for what the record lacks.
     """
     if record.prompt is not None:
         return record.prompt
     try:
-        return _environment.from_string(spec.template).render(
+        return _compiled(spec.template).render(
             instruction=record.instruction,
             response=record.response,
             rubric=record.rubric,
@@ -40,6 +38,11 @@ def render(record: Record, spec: JudgeSpec) -> str:
     except UndefinedError as error:
         missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
         raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    return _environment.from_string(template)
 
 
 def prompt_ids(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> list[int]:

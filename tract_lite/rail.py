@@ -3,8 +3,6 @@
 Source: TRACT, sections 2 and 3 (RAIL and CoT-RAIL).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Iterable, Sequence
@@ -33,9 +31,7 @@ def expected_score(probabilities: np.ndarray, values: Sequence[float]) -> float 
 
     `probabilities` (..., K) are taken as they are: mass on other tokens is not redistributed.
     Returns a float for one row, else an array (...).
-
-    Raises:
-        ValueError: the last axis and `values` differ in length.
+    Raises ValueError: the last axis and `values` differ in length.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     values = np.asarray(values, dtype=np.float64)
@@ -66,9 +62,7 @@ def read_top_log_probabilities(
 
     `labels` are the labels' tokens, `values` what they stand for. A label that is not there is no
     likelier than the least likely token that is.
-
-    Raises:
-        ValueError: these can't be the log-probabilities of a distribution's top tokens.
+    Raises ValueError: these can't be the log-probabilities of a distribution's top tokens.
     """
     found: dict[int, float] = {}
     for token, log_probability in top:

@@ -1,7 +1,5 @@
 """What is judged: a record with its rubric, and what annotators said of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -50,7 +48,7 @@ class Record:
         rubric = self.rubric and [self.rubric.criteria, dict(self.rubric.descriptions)]
         return digest([self.instruction, self.response, rubric, self.reference])
 
-    def pairs(self) -> list[Record]:
+    def pairs(self) -> "list[Record]":
         """The item's training records: one for each annotation, or itself if it has none."""
         name = self.id or self.key
         plain = replace(self, annotations=(), feedback_ids=None)

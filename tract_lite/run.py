@@ -71,7 +71,8 @@ class Run:
     def once(self, name: str, make: Callable[..., Any], *arguments: Any) -> Path:
         """The path of `name` in the folder, made by `make(*arguments, path)` unless it is done.
 
-        What a stopped call has left of it stays there, for `make` to go on with or to replace.
+        What a stopped call has left of it stays there, for `make` to go on with or to replace. All
+        processes call this.
         """
         path = self / name
         with self._first():
@@ -138,7 +139,7 @@ class Run:
         return kept
 
     def keep_judged(self, name: str, judgements: Iterable[Judgement]) -> None:
-        """Keep what somebody says of the held-out items, to be compared with the judges of the run."""
+        """Keep what somebody says of the held-out items, to be compared with the run's judges."""
         path = self / JUDGED / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, (judgement.to_row() for judgement in judgements))

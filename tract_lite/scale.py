@@ -1,7 +1,5 @@
 """A score scale: its labels, their values, and the token that spells each label."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -17,8 +15,7 @@ ANCHOR = "x"
 class ScoreScale:
     """The labels a judge may end with and the number each one stands for.
 
-    Raises:
-        ValueError: fewer than two labels, or labels or values that repeat or don't pair up.
+    Raises ValueError: fewer than two labels, or labels or values that repeat or don't pair up.
     """
 
     labels: tuple[str, ...]
@@ -40,17 +37,17 @@ class ScoreScale:
             raise ValueError(f"values must be finite: {self.values}")
 
     @classmethod
-    def integers(cls, low: int, high: int) -> ScoreScale:
+    def integers(cls, low: int, high: int) -> "ScoreScale":
         """The scale of the whole numbers from `low` to `high`, both included."""
         numbers = range(low, high + 1)
         return cls(tuple(str(n) for n in numbers), tuple(float(n) for n in numbers))
 
     @classmethod
-    def parse(cls, text: str) -> ScoreScale:
+    def parse(cls, text: str) -> "ScoreScale":
         """The scale that a text names: "1-5", also "0-10" or "-2-2".
 
-        Raises:
-            ValueError: no lowest and highest whole number, or the highest is not above the lowest.
+        Raises ValueError: no lowest and highest whole number, or the highest is not above the
+            lowest.
         """
         ends = re.fullmatch(r"\s*([+-]?\d+)\s*-\s*([+-]?\d+)\s*", text)
         if not ends or int(ends[1]) >= int(ends[2]):
@@ -79,9 +76,7 @@ def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) ->
 
     Most vocabularies put a space token before the digit, GPT-2's merges the two: what all labels
     share belongs to the marker, what is left must be one token.
-
-    Raises:
-        ValueError: a label takes several tokens or two labels share one; names scales that fit.
+    Raises ValueError: a label takes several tokens or two labels share one; names scales that fit.
     """
     tokens = _score_tokens(vocabulary, marker, scale)
     if tokens is not None:

@@ -3,8 +3,6 @@
 Source: TRACT, section 3 (the data of stage 2).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +25,8 @@ def generate_cots(
     The judge's own score is thrown away. Goes on where an earlier call stopped. Returns the
     records with their new reasonings, as text and ids, and how many were rejected and why; a
     file beside `out` names the rejected ones. A record without an id gets its position.
-
-    Raises:
-        ValueError: two records have one id, every reasoning was rejected, or `out` holds
-            reasonings of another judge.
+    Raises ValueError: two records have one id, every reasoning was rejected, or `out` holds
+        reasonings of another judge.
     """
     records = [replace(record, id=record.id or str(n)) for n, record in enumerate(records)]
     if len({record.id for record in records}) < len(records):

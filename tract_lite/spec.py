@@ -1,7 +1,5 @@
 """All that makes a judge the same judge again: scale, template, chat format, marker, sampling."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -60,8 +58,7 @@ class JudgeSpec:
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Refuse a vocabulary in which the spec's ids spell something else.
 
-        Raises:
-            ValueError: the ids are out of range or name other pieces.
+        Raises ValueError: the ids are out of range or name other pieces.
         """
         ids = self.marker_ids + self.label_ids
         found = tuple(vocabulary.pieces(ids)) if max(ids) < len(vocabulary) else ()
@@ -76,11 +73,10 @@ class JudgeSpec:
         return json.dumps(data, ensure_ascii=False, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> JudgeSpec:
+    def from_json(cls, text: str) -> "JudgeSpec":
         """The spec that `to_json` wrote.
 
-        Raises:
-            ValueError: not a spec, of a newer format, or with unknown or missing fields.
+        Raises ValueError: not a spec, of a newer format, or with unknown or missing fields.
         """
         try:
             data = json.loads(text)
@@ -98,7 +94,7 @@ class JudgeSpec:
         (Path(folder) / SPEC_FILE).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> JudgeSpec:
+    def load(cls, path: str | Path) -> "JudgeSpec":
         """Read a spec from its file or from the folder that holds it."""
         path = Path(path)
         path = path / SPEC_FILE if path.is_dir() else path
@@ -117,9 +113,7 @@ def make_spec(
     """A judge's spec for the vocabulary and the chat format of a transformers tokenizer.
 
     `fields` are further fields of `JudgeSpec`.
-
-    Raises:
-        ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
+    Raises ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
     """
     vocabulary = TransformersVocabulary(tokenizer)
     tokens = find_score_tokens(vocabulary, marker, scale)

@@ -4,8 +4,6 @@ Text given to `encode` is text: special tokens written in it are encoded as char
 tokens enter a sequence by id alone (see `split_specials`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import re
 import unicodedata

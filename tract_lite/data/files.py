@@ -1,7 +1,5 @@
 """Files: rows of JSONL, JSON, CSV and Parquet, of the hub; the cache; which file is which."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -21,9 +19,8 @@ Rows = Iterator[tuple[str, Any]]
 def read_rows(source: str, format: str, split: str | None) -> Rows:
     """Each row's place and content; a row that can't be parsed is the ValueError that says why.
 
-    Raises:
-        FileNotFoundError: no such file, and not a hub id either.
-        ValueError: the source as a whole can't be read.
+    Raises FileNotFoundError: no such file, and not a hub id either.
+    Raises ValueError: the source as a whole can't be read.
     """
     format = _find_format(source) if format == "auto" else format
     if format == "hub":

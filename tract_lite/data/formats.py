@@ -4,8 +4,6 @@ Plain, Feedback Collection (`orig_...`), or Prometheus benchmark (a ready prompt
 feedbacks and scores).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import asdict, replace
@@ -28,8 +26,7 @@ def record_to_row(record: Record) -> dict[str, Any]:
 def to_record(row: Any, position: str, scale: ScoreScale | None = None) -> Record:
     """The record of a row of any known shape; its id is `position` where the row has none.
 
-    Raises:
-        ValueError: what is wrong with the row.
+    Raises ValueError: what is wrong with the row.
     """
     if isinstance(row, ValueError):
         raise row

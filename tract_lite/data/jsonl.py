@@ -1,7 +1,5 @@
 """JSON that a killed run does not spoil: JSONL that grows by whole rows, files written at once."""
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import contextmanager
@@ -14,8 +12,7 @@ _BLOCK_BYTES = 1 << 16
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file, without the last line if it is unfinished; none if there is no file.
 
-    Raises:
-        ValueError: a line is not a JSON object.
+    Raises ValueError: a line is not a JSON object.
     """
     return [row for _, row in read_lines(path)]
 

@@ -1,7 +1,5 @@
 """Judging data as records: read from files and the hub, or taken from dicts and data frames."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
@@ -39,11 +37,9 @@ def read_records(
     `"-"` is JSONL from standard input; `split` belongs to hub data sets ("train" if None). A row
     without an id gets its position, from 0. With a `scale`, a score outside its range is bad.
     With `skip_bad`, bad rows are left out, counted in a warning and appended to `rejected`.
-
-    Raises:
-        FileNotFoundError: no such file, and not a hub id either.
-        BadRows: some rows are unusable; names them all.
-        ValueError: the source can't be read, or no row of it is usable.
+    Raises FileNotFoundError: no such file, and not a hub id either.
+    Raises BadRows: some rows are unusable; names them all.
+    Raises ValueError: the source can't be read, or no row of it is usable.
     """
     source = str(path_or_hub_id)
     return _to_records(source, read_rows(source, format, split), scale, skip_bad, rejected)
@@ -59,15 +55,22 @@ def records_from(
     """The records of dicts, or of a pandas DataFrame, as a file of these rows would be read.
 
     The other arguments are those of `read_records`.
-
-    Raises:
-        BadRows: some rows are unusable; names them all.
-        ValueError: no row is usable.
+    Raises BadRows: some rows are unusable; names them all.
+    Raises ValueError: no row is usable.
     """
     if hasattr(rows, "notna"):
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    placed = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    placed = ((f"row {number}", _plain(row)) for number, row in enumerate(rows, 1))
     return _to_records("the rows given", placed, scale, skip_bad, rejected)
+
+
+def _plain(value: Any) -> Any:
+    """A row or a cell without the types of numpy and pandas."""
+    if isinstance(value, Mapping):
+        return {name: _plain(cell) for name, cell in value.items()}
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _to_records(
@@ -103,9 +106,7 @@ def split_records(records: Sequence[Record], fraction: float, seed: int = 0) -> 
     """Split by key into (rest, held out), in order, so that no prompt stands on both sides.
 
     Holds out about `fraction` of the keys: never all, and at least one of several unless it is 0.
-
-    Raises:
-        ValueError: `fraction` is not between 0 and 1.
+    Raises ValueError: `fraction` is not between 0 and 1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")

@@ -1,11 +1,11 @@
 """The one way to go on after a stop: rows that are appended as they come, each with the id and the
 content's key of its record, and beside them how they were made."""
 
-from __future__ import annotations
-
 import json
 from collections import deque
+from itertools import chain
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from tract_lite.data.jsonl import append_row, read_json, read_lines, replacing, write_json
@@ -13,12 +13,14 @@ from tract_lite.record import Record
 
 Row = Mapping[str, Any]
 
+# So many records are held at most while those before them are judged and they have their rows.
+MOST_WAITING = 1000
+
 
 def claim(file: Path, how: Row) -> None:
     """Keep how something is made, unless the file says so already.
 
-    Raises:
-        ValueError: it was made in another way; a line for each thing that differs.
+    Raises ValueError: it was made in another way; a line for each thing that differs.
     """
     how = json.loads(json.dumps(how))
     try:
@@ -38,9 +40,7 @@ class ResumableRows:
 
     A row belongs to the record whose `id` and `key` it has. One with an `error` can be read, but
     its record still lacks a row that counts. Of two rows of one id the later one stands.
-
-    Raises:
-        ValueError: the file holds something else.
+    Raises ValueError: the file holds something else.
     """
 
     def __init__(self, path: str | Path):
@@ -60,8 +60,7 @@ class ResumableRows:
     def claim(self, how: Row, shape: Row) -> None:
         """Let the rows to come be made in this way, on this `shape`; NAME.run.json keeps both.
 
-        Raises:
-            ValueError: the rows that are there were made in another way, or nobody knows how.
+        Raises ValueError: the rows that are there were made in another way, or nobody knows how.
         """
         if not self._keys:
             self.run_file.unlink(missing_ok=True)
@@ -77,9 +76,10 @@ class ResumableRows:
     def has(self, record: Record) -> bool:
         """Whether a record has a row that counts.
 
-        Raises:
-            ValueError: a row belongs to another record of the same id.
+        Raises ValueError: not a record, or a row belongs to another record of the same id.
         """
+        if not isinstance(record, Record):
+            raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
         name = name_of(record)
         if self._keys.get(name, record.key) != record.key:
             raise ValueError(
@@ -108,8 +108,17 @@ class ResumableRows:
         """The row of each record in order: its own, or for those without one what `make` gives.
 
         `make` turns the records that lack one into rows, in order; each is appended with the gold
-        score of its record as it comes.
+        score of its record as it comes. Where many records in a row have theirs, it is called anew.
         """
+        records = iter(records)
+        for record in records:
+            if self.has(record):
+                yield self._own(record)
+            else:
+                yield from self._made(chain([record], records), make)
+        self.tidy()
+
+    def _made(self, records: Iterator[Record], make: Callable[[Iterator[Record]], Iterable[Row]]) -> Iterator[Row]:
         # What was taken from the input and not given yet, and whether its row is there.
         waiting: deque[tuple[Record, bool]] = deque()
 
@@ -118,10 +127,12 @@ class ResumableRows:
                 waiting.append((record, self.has(record)))
                 if not waiting[-1][1]:
                     yield record
+                elif len(waiting) >= MOST_WAITING:
+                    return
 
         def known() -> Iterator[Row]:
             while waiting and waiting[0][1]:
-                yield self.row(name_of(waiting.popleft()[0]))
+                yield self._own(waiting.popleft()[0])
 
         for made in make(missing()):
             yield from known()
@@ -129,7 +140,10 @@ class ResumableRows:
             self.append(record, made if record.score is None else {**made, "gold": record.score})
             yield made
         yield from known()
-        self.tidy()
+
+    def _own(self, record: Record) -> Row:
+        """The row of a record, by the record's own id: in the file none is without one."""
+        return {**self.row(name_of(record)), "id": record.id}
 
     def tidy(self) -> None:
         """Leave one row of each id in the file."""

@@ -1,7 +1,5 @@
 """What a run trains on, what it is validated on, and what it is measured with."""
 
-from __future__ import annotations
-
 import logging
 import random
 from dataclasses import dataclass, field, replace
@@ -41,14 +39,12 @@ def read_splits(
     max_held_out: int,
     max_validation: int,
 ) -> Splits:
-    """Training and validation records, and held-out items: those of a file of their own, or a tenth.
+    """Training and validation records, and held-out items: those of their own file, or a tenth.
 
     An item that several annotators judged gives one training record each; held out, it is one item
     with their mean score. A twentieth of the training records is for validation, unless that is
     fewer than 20. All three parts have as many as is said, at most.
-
-    Raises:
-        ValueError: unusable rows, or too few items with a score.
+    Raises ValueError: unusable rows, or too few items with a score.
     """
     rejected: list[str] = []
     items = read_records(data, split=split, scale=scale, skip_bad=skip_bad, rejected=rejected)

@@ -1,7 +1,5 @@
 """Judgements as a table: a CSV or Parquet file made from their rows."""
 
-from __future__ import annotations
-
 import csv
 from itertools import islice
 from pathlib import Path
@@ -17,9 +15,8 @@ ROW_GROUP = 4096
 def check_table(path: Path) -> None:
     """Make sure that a table of this name can be written, before hours of judging.
 
-    Raises:
-        ValueError: another kind of file.
-        ModuleNotFoundError: what writes it is not installed.
+    Raises ValueError: another kind of file.
+    Raises ModuleNotFoundError: what writes it is not installed.
     """
     if path.suffix.lower() not in TABLES:
         raise ValueError(f"the output must end in .jsonl, {' or '.join(TABLES)}, got {path}")

@@ -1,10 +1,7 @@
 """llama.cpp from below: the memory of its sequences, and its batches."""
 
-from __future__ import annotations
-
 import ctypes
 import os
-from functools import cache
 from typing import Any, Sequence
 
 import numpy as np
@@ -19,10 +16,8 @@ class Context:
 
     `threads`: None for all CPUs in reach. `flash_attention`: None leaves the choice to llama.cpp.
     `cache_type`: a type of llama.cpp, such as "f16", "f32" or "q8_0".
-
-    Raises:
-        ValueError: fewer than one sequence, or an unknown type.
-        RuntimeError: llama.cpp can't hold that much.
+    Raises ValueError: fewer than one sequence, or an unknown type.
+    Raises RuntimeError: llama.cpp can't hold that much; also its methods, where llama.cpp fails.
     """
 
     def __init__(
@@ -36,7 +31,6 @@ class Context:
         cache_type: str = "f16",
     ):
         self._llama = llama = quiet_llama()
-        self.pointer = None
         if sequences < 1:
             raise ValueError(f"parallel must be at least 1, got {sequences}")
         params = llama.llama_context_default_params()
@@ -51,24 +45,19 @@ class Context:
         self.pointer = llama.llama_init_from_model(model, params)
         if not self.pointer:
             raise RuntimeError(
-                f"llama.cpp can't hold {sequences} sequences of {length} tokens: "
-                f"{complaint()}; lower parallel or context_length"
+                f"llama.cpp can't hold {sequences} sequences of {length} tokens: {complaint()}; "
+                "lower parallel or context_length"
             )
+        self._numbers = [ctypes.pointer(ctypes.c_int32(number)) for number in range(sequences)]
         self._memory = llama.llama_get_memory(self.pointer)
         self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
 
     def use_adapter(self, adapter: Any | None) -> None:
-        """Compute with this adapter alone, or with none.
-
-        What the memory holds was computed with the one before: clear it.
-
-        Raises:
-            RuntimeError: llama.cpp failed.
-        """
-        adapters = [adapter] if adapter else []
-        pointers = (self._llama.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
-        scales = (ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
-        if self._llama.llama_set_adapters_lora(self.pointer, pointers, len(adapters), scales):
+        """Compute with this adapter alone, or with none; what the memory holds is then to clear."""
+        count = 1 if adapter else 0
+        pointers = (self._llama.llama_adapter_lora_p_ctypes * count)(*[adapter] * count)
+        scales = (ctypes.c_float * count)(*[1.0] * count)
+        if self._llama.llama_set_adapters_lora(self.pointer, pointers, count, scales):
             raise RuntimeError("llama.cpp could not set the adapter")
 
     def clear(self) -> None:
@@ -86,25 +75,14 @@ class Context:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], outputs: Sequence[int]
     ) -> None:
-        """Run one batch: each token at its position of its sequence; `outputs` rows get logits.
-
-        Raises:
-            RuntimeError: llama.cpp failed.
-        """
+        """Run one batch: each token at its position of its sequence; `outputs` rows get logits."""
         size = len(tokens)
         integers, pointers = ctypes.c_int32 * size, ctypes.POINTER(ctypes.c_int32) * size
         logits = (ctypes.c_int8 * size)()
         for row in outputs:
             logits[row] = True
-        batch = self._llama.llama_batch(
-            size,
-            integers(*tokens),
-            None,
-            integers(*positions),
-            integers(*[1] * size),
-            pointers(*map(_sequence_pointer, sequences)),
-            logits,
-        )
+        counts, numbers = integers(*[1] * size), pointers(*[self._numbers[n] for n in sequences])
+        batch = self._llama.llama_batch(size, integers(*tokens), None, integers(*positions), counts, numbers, logits)
         complaints.clear()
         if self._llama.llama_decode(self.pointer, batch):
             raise RuntimeError(f"llama.cpp could not decode {size} tokens: {complaint()}")
@@ -116,14 +94,8 @@ class Context:
 
     def close(self) -> None:
         """Free the memory."""
-        if self.pointer:
-            self._llama.llama_free(self.pointer)
+        self._llama.llama_free(self.pointer)
         self.pointer = None
-
-
-@cache
-def _sequence_pointer(sequence: int) -> Any:
-    return ctypes.pointer(ctypes.c_int32(sequence))
 
 
 def _tensor_type(name: str) -> int:

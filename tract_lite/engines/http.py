@@ -1,7 +1,5 @@
 """HTTP to one server: what may pass is tried again, and an error says what to do, in one line."""
 
-from __future__ import annotations
-
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -21,7 +19,11 @@ class Unavailable(RuntimeError):
         self.retry_after = retry_after
 
 
-class NoLogProbabilities(ValueError):
+class Refused(ValueError):
+    """The server refuses what it is asked."""
+
+
+class NoLogProbabilities(Refused):
     """The server refuses to give the log-probabilities that are asked for."""
 
 
@@ -30,9 +32,7 @@ class Connection:
 
     `timeout`: seconds without a sign of life. `retries`: how often a request is sent again.
     `back_off`: seconds before the first time, about twice as many before each following one.
-
-    Raises:
-        ValueError: `url` is no address.
+    Raises ValueError: `url` is no address.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Connection:
             raise ValueError(f"{url!r} is no server's address: it looks like http://127.0.0.1:8080")
         self.url = url.rstrip("/").removesuffix("/v1")
         # Behind idle connections, llama-server lets new ones wait for seconds.
-        headers = {"Connection": "close"}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
+        headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._client = httpx.Client(headers=headers, limits=httpx.Limits(max_connections=None))
         self._timeout = timeout
-        self._attempts = 1 + retries
+        self._stop = tenacity.stop_after_attempt(1 + retries)
         growing = tenacity.wait_exponential(multiplier=back_off, max=LONGEST_BACK_OFF)
         self._back_off = growing + tenacity.wait_random(0.0, back_off)
+
+    def __str__(self) -> str:
+        return f"the server at {self.url}"
 
     def get(self, path: str, timeout: float | None = None, **query: str) -> dict[str, Any] | None:
         """A page, asked for once; None where the server has no such page.
 
-        Raises:
-            RuntimeError: the server does not answer, or keeps its pages to itself.
+        Raises RuntimeError: the server does not answer, or keeps its pages to itself.
         """
         response = self._request("GET", path, timeout or self._timeout, params=query)
         if response.status_code in (401, 403, 429) or response.status_code >= 500:
@@ -69,17 +69,12 @@ class Connection:
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request, which is sent again while that may help.
 
-        Raises:
-            Unavailable: all tries were in vain.
-            ValueError: the server refuses what it is asked (`NoLogProbabilities` where it is that).
-            RuntimeError: the server can't be asked this at all.
+        Raises Unavailable: all tries were in vain.
+        Raises Refused: the server refuses what it is asked (`NoLogProbabilities` where it is that).
+        Raises RuntimeError: the server can't be asked this at all.
         """
-        tries = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Unavailable),
-            wait=self._wait,
-            reraise=True,
-            stop=tenacity.stop_after_attempt(self._attempts),
-        )
+        again = tenacity.retry_if_exception_type(Unavailable)
+        tries = tenacity.Retrying(retry=again, wait=self._wait, stop=self._stop, reraise=True)
         return tries(self._post, path, body)
 
     def close(self) -> None:
@@ -91,31 +86,26 @@ class Connection:
             raise self._refusal(response)
         content = _content(response)
         if content is None:
-            raise RuntimeError(
-                f"the server at {self.url} answers {path} with something else than JSON: check the address"
-            )
+            raise RuntimeError(f"{self} answers {path} with something else than JSON: check the address")
         return content
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked = state.outcome.exception().retry_after
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.retry_after if isinstance(failure, Unavailable) else None
         return self._back_off(state) if asked is None else min(max(asked, 0.0), LONGEST_WAIT)
 
     def _request(self, method: str, path: str, timeout: float, **options: Any) -> httpx.Response:
         try:
             return self._client.request(method, self.url + path, timeout=timeout, **options)
         except httpx.TimeoutException as error:
-            raise Unavailable(
-                f"the server at {self.url} did not answer within {timeout:g} s: ask "
-                "for less in parallel, or raise the time-out"
-            ) from error
+            advice = "ask for less in parallel, or raise the time-out"
+            raise Unavailable(f"{self} did not answer within {timeout:g} s: {advice}") from error
         except httpx.RequestError as error:
-            raise Unavailable(
-                f"the server at {self.url} can't be reached ({error}): start it, or check the address"
-            ) from error
+            raise Unavailable(f"{self} can't be reached ({error}): start it, or check the address") from error
 
     def _refusal(self, response: httpx.Response) -> Exception:
         status, reason = response.status_code, _reason(response)
-        text = f"the server at {self.url} answered HTTP {status}: {reason}"
+        text = f"{self} answered HTTP {status}: {reason}"
         if "logprob" in reason:
             return NoLogProbabilities(text)
         if status == 429 or status >= 500:
@@ -124,7 +114,7 @@ class Connection:
             return RuntimeError(f"{text}; give the key that it wants as api_key")
         if status < 400 or status == 404:
             return RuntimeError(f"{text}; check the address and the model's name")
-        return ValueError(text)
+        return Refused(text)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

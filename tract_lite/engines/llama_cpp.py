@@ -1,7 +1,5 @@
 """llama.cpp from below: its models, its adapters, and the specs inside their files."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os
@@ -9,13 +7,12 @@ from collections import deque
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
 
 SPEC_KEY = "tract_lite.judge_spec"
-
 _GGML_ERROR = 4
 
 logger = logging.getLogger(__name__)
@@ -69,10 +66,10 @@ def load_model(path: str | Path, **params: Any) -> Any:
 
     Weights are not repacked (`use_extra_bufts`) unless that is asked for: with AMX, llama.cpp's
     kernels for repacked weights end the process, and elsewhere they were not found to be faster.
-
-    Raises:
-        ValueError: not a GGUF file, or one that llama.cpp can't read.
+    Raises ValueError: not a GGUF file, one that llama.cpp can't read, or repacked with AMX.
     """
+    if params.get("use_extra_bufts") and has_amx():
+        raise ValueError("llama.cpp crashes with repacked weights on this processor, which has AMX: leave repack off")
     llama = quiet_llama()
     check_gguf(path)
     settings = llama.llama_model_default_params()
@@ -81,11 +78,8 @@ def load_model(path: str | Path, **params: Any) -> Any:
     complaints.clear()
     model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        raise ValueError(
-            f"llama.cpp can't read {path}: {complaint()} (is the file complete, a "
-            "model and no adapter, and of a kind that llama-cpp-python "
-            f"{llama.__version__} knows?)"
-        )
+        advice = f"is the file complete, a model and no adapter, and known to llama-cpp-python {llama.__version__}?"
+        raise ValueError(f"llama.cpp can't read {path}: {complaint()} ({advice})")
     return model
 
 
@@ -96,21 +90,25 @@ def cache_bytes(model: Any) -> int:
     return 2 * 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * head_size
 
 
-def spec_of(model: Any) -> JudgeSpec | None:
-    """The judge's spec inside a loaded model (a `llama_model` pointer)."""
-    return _spec_in(quiet_llama().llama_model_meta_val_str, model)
+def spec_of(loaded: Any, kind: str = "model") -> JudgeSpec | None:
+    """The judge's spec inside a loaded "model" or "adapter" (a pointer of llama.cpp)."""
+    get_value, key = getattr(quiet_llama(), f"llama_{kind}_meta_val_str"), SPEC_KEY.encode()
+    length = get_value(loaded, key, None, 0)
+    if length < 0:
+        return None
+    buffer = ctypes.create_string_buffer(length + 1)
+    get_value(loaded, key, buffer, len(buffer))
+    return JudgeSpec.from_json(buffer.value.decode("utf-8"))
 
 
 def read_spec(path: str | Path) -> JudgeSpec | None:
     """The judge's spec inside a GGUF file; None where it holds none.
 
-    Raises:
-        ValueError: not a GGUF file, one that llama.cpp can't read, or a spec of another vocabulary.
+    Raises ValueError: not a GGUF file that llama.cpp can read, or a spec of another vocabulary.
     """
     model = load_model(path, vocab_only=True)
     try:
-        spec = spec_of(model)
-        if spec:
+        if spec := spec_of(model):
             spec.check_vocabulary(GGUFVocabulary(model))
         return spec
     finally:
@@ -118,41 +116,24 @@ def read_spec(path: str | Path) -> JudgeSpec | None:
 
 
 def spec_at(path: str | Path) -> JudgeSpec | None:
-    """The judge's spec at a path: its own file, the folder that holds it, or a GGUF file.
-
-    None where a folder or a GGUF file holds none.
-    """
+    """The judge's spec in its own file, or in a folder or a GGUF file; None where it holds none."""
     path = Path(path)
     if path.is_dir():
         return JudgeSpec.load(path) if (path / SPEC_FILE).is_file() else None
     return JudgeSpec.load(path) if path.suffix == ".json" else read_spec(path)
 
 
-def _spec_in(get_value: Callable[..., int], holder: Any) -> JudgeSpec | None:
-    """The judge's spec in the metadata of a model or adapter, read by llama.cpp's `get_value`."""
-    key = SPEC_KEY.encode()
-    length = get_value(holder, key, None, 0)
-    if length < 0:
-        return None
-    buffer = ctypes.create_string_buffer(length + 1)
-    get_value(holder, key, buffer, len(buffer))
-    return JudgeSpec.from_json(buffer.value.decode("utf-8"))
-
-
 def load_adapter(model: Any, path: str | Path) -> tuple[Any, JudgeSpec | None]:
     """A `llama_adapter_lora` pointer, freed with its model, and the judge's spec in its file.
 
-    Raises:
-        ValueError: not a GGUF adapter, or one of another base.
+    Raises ValueError: not a GGUF adapter, or one of another base.
     """
     llama = quiet_llama()
     check_gguf(path)
     adapter = llama.llama_adapter_lora_init(model, os.fsencode(path))
     if not adapter:
-        raise ValueError(
-            f"llama.cpp can't add {path} to this base: it is no LoRA adapter, or was trained on another seed"
-        )
-    return adapter, _spec_in(llama.llama_adapter_meta_val_str, adapter)
+        raise ValueError(f"llama.cpp can't add {path} to this base: it is no LoRA adapter, or one of another seed")
+    return adapter, spec_of(adapter, "adapter")
 
 
 def complaint() -> str:

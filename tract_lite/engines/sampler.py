@@ -1,9 +1,11 @@
 """Writes a reasoning from logits, token by token, by the one sampling rule."""
 
-from __future__ import annotations
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from tract_lite.engines.task import Sample, Task, room_for
 from tract_lite.prompt import Reasoning
 from tract_lite.spec import JudgeSpec, Sampling
 from tract_lite.vocabulary import Vocabulary
@@ -53,25 +55,55 @@ class TokenSampler:
                 return int(ids[place])
 
 
-class Writing:
+class Writing(Reasoning):
     """A reasoning while it is written: to its marker, an end token, or `room` tokens at most."""
 
     def __init__(self, spec: JudgeSpec, vocabulary: Vocabulary, seed: int, room: int):
-        self._reasoning, self._sampler = Reasoning(spec, vocabulary), TokenSampler(spec.sampling, seed)
-        self.room = room
+        super().__init__(spec, vocabulary)
+        self._sampler, self._eos_id, self.room = TokenSampler(spec.sampling, seed), spec.eos_id, room
         self.done = self.truncated = False
 
-    @property
-    def ids(self) -> list[int]:
-        return self._reasoning.ids
-
     def write(self, logits: np.ndarray) -> int:
-        """Draw the next token after logits (V,) and take it.
+        """Draw the next token after logits (V,) and take it; returns it, once done the end token.
 
         Where none can be drawn the reasoning ends, and its score will show what is wrong.
         """
         token = self._sampler.draw(logits)
-        complete = token is None or self._reasoning.add(token)
+        complete = token is None or self.add(token)
         self.truncated = not complete and len(self.ids) >= self.room
         self.done = complete or self.truncated
-        return 0 if token is None else token
+        return self._eos_id if token is None or self.done else token
+
+
+@dataclass
+class Job:
+    """One sample of a task: its score is read after its reasoning, which is None until written."""
+
+    index: int
+    number: int
+    samples: list[Any]
+    prompt: list[int]
+    marker: list[int]
+    writing: Writing
+    reasoning: list[int] | None
+
+    @property
+    def ids(self) -> list[int]:
+        """What the next logits are read after."""
+        return self.prompt if self.reasoning is None else [*self.prompt, *self.reasoning, *self.marker]
+
+    def complete(self, label_log_probabilities: np.ndarray) -> list[tuple[int, list[Sample]]]:
+        """Take the score; returns the task's answer if this was the last that it lacked."""
+        self.samples[self.number] = Sample(self.reasoning or [], self.writing.truncated, label_log_probabilities)
+        return [(self.index, self.samples)] if all(self.samples) else []
+
+
+def jobs_of(index: int, task: Task, spec: JudgeSpec, vocabulary: Vocabulary, context_length: int) -> list[Job]:
+    """The samples of a task. Raises ValueError: it does not fit in the context."""
+    room = room_for(task, spec, context_length)
+    samples, prompt, marker = [None] * len(task.seeds), list(task.prompt), list(spec.marker_ids)
+    jobs = []
+    for number, seed in enumerate(task.seeds):
+        given = None if task.reasonings is None else list(task.reasonings[number])
+        jobs.append(Job(index, number, samples, prompt, marker, Writing(spec, vocabulary, seed, room), given))
+    return jobs

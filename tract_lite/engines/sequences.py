@@ -5,8 +5,6 @@ from the slot that holds most of it, so that the samples of an item, and items u
 share what was read before.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from operator import eq
 from typing import Any, Sequence
@@ -68,10 +66,7 @@ class Slots:
         return slot
 
     def hold(self, slot: Slot, ids: Sequence[int]) -> None:
-        """Make a slot hold these ids, keeping what is there already.
-
-        The last id is always decoded, for its logits.
-        """
+        """Make a slot hold these ids, of which what is there is kept, but for the last's logits."""
         held, slot.ids = slot.ids[: slot.filled], list(ids)
         slot.filled = min(_shared(held, slot.ids), len(slot.ids) - 1)
         self._context.cut(slot.number, slot.filled)
@@ -85,10 +80,7 @@ class Slots:
             gap.job, busy[-1].job = busy[-1].job, None
 
     def decode(self) -> list[tuple[Slot, int]]:
-        """Run one batch.
-
-        Returns the slots that hold all their ids now, with the batch row of their logits.
-        """
+        """Run one batch; returns the slots that now hold all their ids, with their logits' row."""
         tokens, sequences, ready = [], [], []
         positions: list[int] = []
         for slot, count in self._next_batch():
@@ -115,10 +107,9 @@ class Slots:
             return [(slot, pace) for slot in busy]
         batch = []
         for slot in reading:
-            count = min(slot.missing, spare)
-            spare -= count
-            if count:
+            if count := min(slot.missing, spare):
                 batch.append((slot, count))
+                spare -= count
         return batch
 
     def _copy(self, source: Slot, target: Slot) -> None:

@@ -1,10 +1,9 @@
 """What an engine is, what it is asked and what it answers: llama.cpp, transformers, servers."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, Protocol, Sequence
+from itertools import count
+from typing import Any, Iterable, Iterator, Protocol, Self, Sequence
 
 import numpy as np
 
@@ -40,6 +39,10 @@ class Sample:
     error_bound: float = 0.0
 
 
+# Each task's answer, or the exception that says why there is none, with its index in the input.
+Answers = Iterator[tuple[int, list[Sample] | Exception]]
+
+
 class Engine(Protocol):
     """A model that answers tasks: `LlamaEngine`, `TransformersEngine` or `ServerEngine`.
 
@@ -48,35 +51,30 @@ class Engine(Protocol):
     """
 
     spec: JudgeSpec
+    vocabulary: Vocabulary
     identity: dict[str, Any]
     shape: dict[str, Any]
 
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
-        """The answer of each task with its index in the input, as they are completed.
-
-        The answer to a task that can't be carried out is the exception that says why.
-        """
+    def run(self, tasks: Iterable[Task]) -> Answers:
+        """The answers, as they are completed."""
 
     def close(self) -> None: ...
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
 
 def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
-    """How many tokens a reasoning of the task may have in a context of that length.
-
-    Raises:
-        ValueError: the task does not fit with the reasonings that it brings.
-    """
+    """How many tokens a reasoning may have. Raises ValueError: the task does not fit as it is."""
     # The label and the end token count as well, as in training.
     room = context_length - len(task.prompt) - len(spec.marker_ids) - 2
-    given = max(map(len, task.reasonings)) if task.reasonings else 0
+    given = max(map(len, task.reasonings or ()), default=0)
     if max(given, 1) > room:
-        what = "prompt and reasoning" if given else "prompt"
-        raise ValueError(
-            f"{what} of {len(task.prompt) + given} tokens does not fit in the context of {context_length} tokens"
-        )
+        what = f"{'prompt and reasoning' if given else 'prompt'} of {len(task.prompt) + given} tokens"
+        raise ValueError(f"{what} does not fit in the context of {context_length} tokens")
     return min(room, spec.sampling.max_new_tokens)
 
 
@@ -96,14 +94,13 @@ def answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Itera
     places: dict[int, int] = {}
 
     def tasks() -> Iterator[Task]:
-        number = 0
+        numbers = count()
         for place, task in enumerate(asked):
             if isinstance(task, Exception):
                 ready[place] = task
-                continue
-            places[number] = place
-            number += 1
-            yield task
+            else:
+                places[next(numbers)] = place
+                yield task
 
     following = 0
     for number, answer in engine.run(tasks()):
@@ -111,6 +108,5 @@ def answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Itera
         while following in ready:
             yield ready.pop(following)
             following += 1
-    lost = RuntimeError("the engine gave no answer")
-    ready |= dict.fromkeys(places.values(), lost)
+    ready |= dict.fromkeys(places.values(), RuntimeError("the engine gave no answer"))
     yield from (ready[place] for place in sorted(ready))

@@ -1,16 +1,15 @@
 """A transformers model as an engine: reasonings and scores, batch by batch."""
 
-from __future__ import annotations
-
 from itertools import islice
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from tract_lite.engines.sampler import Writing
-from tract_lite.engines.task import Sample, Task, room_for
+from tract_lite.engines.sampler import Job, Writing, jobs_of
+from tract_lite.engines.task import Answers, Engine, Task
 from tract_lite.rail import label_log_probabilities
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
@@ -19,98 +18,74 @@ from tract_lite.vocabulary import TransformersVocabulary
 WINDOW_BATCHES = 8
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Answers tasks with a causal language model, `batch_size` sequences at once.
 
     `identity`: what tells this model from others, such as the fingerprint of its weights.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        spec: JudgeSpec,
-        batch_size: int = 16,
-        identity: Mapping[str, Any] | None = None,
+        self, model: Any, tokenizer: Any, spec: JudgeSpec, batch_size: int = 16, identity: Mapping | None = None
     ):
         self.model, self.spec, self.batch_size = model.eval(), spec, batch_size
         self.vocabulary = TransformersVocabulary(tokenizer)
-        pad_id = tokenizer.pad_token_id
-        self._pad_id = spec.eos_id if pad_id is None else pad_id
+        self._pad_id = spec.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.identity = dict(identity or {})
         self.shape = {"batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
         spec.check_vocabulary(self.vocabulary)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[Sample] | Exception]]:
-        """The answer of each task with its index in the input, as they are completed.
+    def run(self, tasks: Iterable[Task]) -> Answers:
+        """The answers of tasks with their index in the input, as they are completed.
 
         A task that does not fit in the spec's `max_length` is answered with a ValueError.
         """
         numbered = enumerate(tasks)
         while window := list(islice(numbered, self.batch_size * WINDOW_BATCHES)):
-            rows: list[tuple[int, int, Task, int]] = []
-            answers: dict[int, list[Any]] = {}
+            jobs: list[Job] = []
             for index, task in window:
                 try:
-                    room = room_for(task, self.spec, self.spec.max_length)
+                    jobs += jobs_of(index, task, self.spec, self.vocabulary, self.spec.max_length)
                 except ValueError as error:
                     yield index, error
-                    continue
-                answers[index] = [None] * len(task.seeds)
-                rows += [(index, number, task, room) for number in range(len(task.seeds))]
-            rows.sort(key=lambda row: len(row[2].prompt))
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                for (index, number, *_), sample in zip(batch, self._answer(batch)):
-                    answers[index][number] = sample
-                    if all(answers[index]):
-                        yield index, answers[index]
+            jobs.sort(key=lambda job: len(job.prompt))
+            for start in range(0, len(jobs), self.batch_size):
+                batch = jobs[start : start + self.batch_size]
+                for job, scores in zip(batch, self._scores(batch)):
+                    yield from job.complete(scores)
 
     def close(self) -> None:
         """Let go of the model."""
         self.model = None
 
     @torch.inference_mode()
-    def _answer(self, rows: Sequence[tuple[int, int, Task, int]]) -> list[Sample]:
-        prompts = [list(task.prompt) for _, _, task, _ in rows]
-        if rows[0][2].reasonings is None:
-            written = [Writing(self.spec, self.vocabulary, task.seeds[number], room) for _, number, task, room in rows]
-            self._write(prompts, written)
-            reasonings = [row.ids for row in written]
-            truncated = [row.truncated for row in written]
-        else:
-            reasonings = [list(task.reasonings[number]) for _, number, task, _ in rows]
-            truncated = [False] * len(rows)
-        marker = list(self.spec.marker_ids)
-        ids, mask = self._pad_left([p + r + marker for p, r in zip(prompts, reasonings)])
+    def _scores(self, jobs: Sequence[Job]) -> np.ndarray:
+        """Write the reasonings that are not there, and read the labels' log-probabilities."""
+        if unwritten := [job for job in jobs if job.reasoning is None]:
+            self._write(unwritten)
+        ids, mask = self._pad_left(jobs)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-        scores = label_log_probabilities(logits.float().cpu().numpy(), self.spec.label_ids)
-        return [Sample(*fields) for fields in zip(reasonings, truncated, scores)]
+        return label_log_probabilities(logits.float().cpu().numpy(), self.spec.label_ids)
 
-    def _write(self, prompts: list[list[int]], rows: Sequence[Writing]) -> None:
-        """Let the model continue its prompts until each reasoning is done."""
-        ids, mask = self._pad_left(prompts)
+    def _write(self, jobs: Sequence[Job]) -> None:
+        """Let the model continue the prompts until each reasoning is done."""
+        ids, mask = self._pad_left(jobs)
+        rows = [job.writing for job in jobs]
+        ends = {"pad_token_id": self._pad_id, "eos_token_id": self.spec.eos_id}
+        config = GenerationConfig(do_sample=False, max_new_tokens=max(row.room for row in rows), **ends)
+        writer = LogitsProcessorList([_Writer(rows, self.spec.eos_id)])
         # transformers would fill what our settings leave open with the seed's own defaults.
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         defaults, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=max(row.room for row in rows),
-                    pad_token_id=self._pad_id,
-                    eos_token_id=self.spec.eos_id,
-                ),
-                logits_processor=LogitsProcessorList([_Writer(rows, self._pad_id)]),
-                stopping_criteria=StoppingCriteriaList([_AllWritten(rows)]),
-            )
+            self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=writer)
         finally:
             model.generation_config = defaults
+        for job in jobs:
+            job.reasoning = job.writing.ids
 
-    def _pad_left(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad_left(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
+        sequences = [job.ids for job in jobs]
         longest = max(map(len, sequences))
         ids = torch.full((len(sequences), longest), self._pad_id)
         mask = torch.zeros_like(ids)
@@ -126,21 +101,11 @@ class _Writer(LogitsProcessor):
     Rows then do not depend on what is sampled beside them, and llama.cpp's follow the same rule.
     """
 
-    def __init__(self, rows: Sequence[Writing], pad_id: int):
-        self.rows, self._pad_id = rows, pad_id
+    def __init__(self, rows: Sequence[Writing], eos_id: int):
+        self._rows, self._eos_id = rows, eos_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = scores.float().cpu().numpy()
-        tokens = [[self._pad_id if row.done else row.write(logits[n])] for n, row in enumerate(self.rows)]
+        tokens = [[self._eos_id if row.done else row.write(logits[n])] for n, row in enumerate(self._rows)]
         picked = torch.tensor(tokens, device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, picked, 0.0)
-
-
-class _AllWritten(StoppingCriteria):
-    """Tells which rows are done."""
-
-    def __init__(self, rows: Sequence[Writing]):
-        self._rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)

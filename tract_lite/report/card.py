@@ -1,7 +1,5 @@
 """A judge's model card: what its run did, measured and left out, as the README.md of its folder."""
 
-from __future__ import annotations
-
 import math
 import re
 from importlib.resources import files
@@ -35,9 +33,7 @@ def write_model_card(run_dir: str | Path, folder: str | Path | None = None) -> P
 
     It opens with the YAML header that model hubs read. What the run did not record is said to be
     unknown or left out. Of paths only the last part is shown. An older card is replaced.
-
-    Raises:
-        ValueError: the run folder holds no judge spec.
+    Raises ValueError: the run folder holds no judge spec.
     """
     run, folder = Run(run_dir), Path(run_dir if folder is None else folder)
     spec = _spec(run, folder)

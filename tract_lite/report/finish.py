@@ -1,6 +1,4 @@
-"""The end of a run: its judges judge the held-out items, and what they are worth is written down."""
-
-from __future__ import annotations
+"""The end of a run: its judges judge the held-out items, and what they are worth is kept."""
 
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence

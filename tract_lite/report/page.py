@@ -1,7 +1,5 @@
 """A run folder to one page people look at: `report.md` and its figure `report.png`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -27,8 +25,7 @@ MOST_GROUPS = 11
 def write_report(run_dir: str | Path) -> Path:
     """Write a run's page from what its folder holds; parts that are missing are left out.
 
-    Raises:
-        ValueError: the folder holds nothing to report.
+    Raises ValueError: the folder holds nothing to report.
     """
     run = Run(run_dir)
     logs = {name: log for name, log in run.logs().items() if _has_terms(log)}

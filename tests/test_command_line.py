@@ -1,3 +1,5 @@
+"""The command line: what each verb prints and leaves, and how it fails."""
+
 import csv
 import hashlib
 import json
@@ -14,12 +16,15 @@ from pathlib import Path
 import pytest
 from pyarrow.parquet import read_table
 from servers import FakeVLLM, fake_server, free_port
+from stages import make_records, small_seed_model
 from tiny import make_llama, make_sentences, make_spm
 from transformers import AutoTokenizer
 
-from tract_lite import __version__
-from tract_lite.data.jsonl import append_rows, read_rows
+from tract_lite import Judge, __version__, read_records, write_records
+from tract_lite.__main__ import main
+from tract_lite.data.jsonl import read_rows, write_rows
 from tract_lite.engines.llama import MAX_PARALLEL
+from tract_lite.engines.llama_cpp import SPEC_KEY
 from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
@@ -28,10 +33,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = [{"response": text, "criteria": "Is it clear?", "score": n % 5 + 1} for n, text in enumerate(make_sentences(6))]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def make_judge(folder):
     """A model folder, and the judge made from it."""
-    folder = tmp_path_factory.mktemp("main")
     make_llama(folder / "model", make_spm(folder / "spm", make_sentences()))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     spec = make_spec(
@@ -42,8 +45,12 @@ def folder(tmp_path_factory):
         sampling=Sampling(max_new_tokens=12),
     )
     spec.save(folder / "model")
-    export_gguf(folder / "model", folder / "judge.gguf", "f32")
-    return folder
+    export_gguf(folder / "model", folder / "judge.gguf", "f32", check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(shared_once):
+    return shared_once("command_line", make_judge)
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_a_file_is_judged_row_by_row_with_progress(folder, data, tmp_path):
 def whole(folder, tmp_path_factory):
     """The input as JSONL, and the output of one call that judged all of it."""
     folder_of_run = tmp_path_factory.mktemp("whole")
-    append_rows(folder_of_run / "data.jsonl", ({**row, "id": f"item {n}"} for n, row in enumerate(ROWS)))
+    write_rows(folder_of_run / "data.jsonl", ({**row, "id": f"item {n}"} for n, row in enumerate(ROWS)))
     judge(folder, folder_of_run / "data.jsonl", folder_of_run / "out.jsonl", "--n-cot", 2)
     return folder_of_run
 
@@ -124,22 +131,23 @@ def test_what_judged_the_rows_stands_beside_them(folder, whole, tmp_path):
     assert call("judge", renamed, data, "-o", output, *same, "--parallel", 3).returncode == 0
     run = json.loads((tmp_path / "out.run.json").read_text())
     spec = JudgeSpec.load(folder / "model")
-    assert run["model"] == "renamed.gguf" and len(run["fingerprint"]) == 64
+    assert len(run["fingerprint"]) == 64 and run["adapter"] is None
     assert run["spec_sha256"] == hashlib.sha256(spec.to_json().encode()).hexdigest()
     assert (run["n_cot"], run["seed"]) == (2, 0)
     assert [shape["parallel"] for shape in run["shapes"]] == [MAX_PARALLEL, 3]
     first, second = run["shapes"]
-    assert first | {"parallel": 3} == second and first["threads"] == 1
+    assert first | {"parallel": 3, "model": "renamed.gguf"} == second and first["threads"] == 1
+    assert first["model"] == "judge.gguf" and first["tract_lite"] == __version__
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--n-cot", 1), "judged with n_cot 2, not 1"),
-        (("--n-cot", 2, "--seed", 7), "judged with seed 0, not 7"),
-        (("--n-cot", 1, "--seed", 7), "n_cot 2, not 1; seed 0, not 7"),
-        (("--n-cot", 2, "--spec", "{spec}"), "judged with spec_sha256 '"),
-        (("--n-cot", 2, "{other}"), "judged with fingerprint "),
+        (("--n-cot", 1), "n_cot: 2 there, 1 now"),
+        (("--n-cot", 2, "--seed", 7), "choose another output or these: seed: 0 there, 7 now"),
+        (("--n-cot", 1, "--seed", 7), "n_cot: 2 there, 1 now; seed: 0 there, 7 now"),
+        (("--n-cot", 2, "--spec", "{spec}"), "spec_sha256: '"),
+        (("--n-cot", 2, "{other}"), "fingerprint: '"),
     ],
 )
 def test_rows_of_another_judge_are_not_mixed(folder, whole, tmp_path, options, words):
@@ -160,12 +168,12 @@ def test_rows_of_another_judge_are_not_mixed(folder, whole, tmp_path, options, w
 
 def test_rows_of_unknown_origin_and_of_another_input_are_not_mixed(folder, whole, tmp_path):
     output = stopped_copy(whole, tmp_path)
-    append_rows(tmp_path / "data.jsonl", [ROWS[3] | {"id": "item 0"}])
+    write_rows(tmp_path / "data.jsonl", [ROWS[3] | {"id": "item 0"}])
     done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", "-o", output, "--n-cot", 2)
     assert done.returncode == 2 and "another item with the id 'item 0'" in only_error(done)
     (tmp_path / "out.run.json").write_text("[1]")
     done = call("judge", folder / "judge.gguf", whole / "data.jsonl", "-o", output, "--n-cot", 2)
-    assert done.returncode == 2 and "out.run.json does not say how" in only_error(done)
+    assert done.returncode == 2 and "out.run.json is damaged" in only_error(done)
     (tmp_path / "out.run.json").unlink()
     done = call("judge", folder / "judge.gguf", whole / "data.jsonl", "-o", output, "--n-cot", 2)
     assert done.returncode == 2 and "out.run.json, which says how" in only_error(done)
@@ -179,7 +187,7 @@ def only_error(done) -> str:
 
 def test_failed_items_are_judged_again_and_the_table_keeps_the_order_of_the_input(folder, tmp_path):
     rows = [{"id": f"i{n}", "response": "so " * (120 if n % 2 else 3), "criteria": "c", "score": n} for n in range(4)]
-    append_rows(tmp_path / "data.jsonl", rows)
+    write_rows(tmp_path / "data.jsonl", rows)
     table = tmp_path / "out.csv"
     options = ("-o", table, "--threads", 1, "--context-length")
     done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", *options, 60)
@@ -227,7 +235,7 @@ def test_a_table_holds_the_figures_of_the_rows(folder, whole, tmp_path):
 
 def test_hostile_ids_and_texts_come_through_to_every_table(folder, tmp_path):
     ids = ['a,b\n"c"', "half \ud83d", "null \0", "=1+1", "\u202eabc"]
-    append_rows(tmp_path / "data.jsonl", ({"id": i, "response": i, "criteria": i} for i in ids))
+    write_rows(tmp_path / "data.jsonl", ({"id": i, "response": i, "criteria": i} for i in ids))
     for suffix in ("csv", "parquet"):
         _, rows = judge(folder, tmp_path / "data.jsonl", tmp_path / f"out.{suffix}")
     assert [row["id"] for row in rows] == ids
@@ -260,8 +268,8 @@ def test_an_explanation_can_be_printed_where_there_is_no_unicode(folder, whole):
     assert call(*command, env=ascii_only).returncode == 0
 
 
-# As many take seconds: time enough to stop a call half-way.
-MANY = 3000
+# As many take a second or more: time enough to stop a call half-way.
+MANY = 800
 
 
 def start(folder, data, output, **options) -> subprocess.Popen:
@@ -287,7 +295,7 @@ def start(folder, data, output, **options) -> subprocess.Popen:
 def many(tmp_path):
     """Input that takes a while."""
     path = tmp_path / "many.jsonl"
-    append_rows(path, ({"response": text, "criteria": "c"} for text in make_sentences(MANY)))
+    write_rows(path, ({"response": text, "criteria": "c"} for text in make_sentences(MANY)))
     return path
 
 
@@ -362,22 +370,21 @@ def test_where_nothing_could_be_judged_the_call_fails_and_the_rows_say_why(folde
     assert all("does not fit" in row["error"] for row in read_rows(output))
 
 
-def test_a_judge_behind_a_server_fills_a_file(folder, data, tmp_path):
+def test_a_judge_behind_a_server_fills_a_file(folder, data, tmp_path, capsys):
     output = tmp_path / "out.csv"
     with fake_server(FakeVLLM(folder / "model", "not here")) as url:
         options = ("-o", output, "--spec", folder / "model", "--parallel", 3, "--timeout", 60)
         done = call("judge", url, data, *options, "--server-model", "judge")
         assert done.returncode == 0, done.stderr
-        other = call("judge", url, data, *options)
+        # The same judge by the name that it has there, asked for or not.
+        assert main(list(map(str, ("judge", url, data, *options)))) == 0
     rows = read_rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
     assert all(row["error_bound"] > 0 for row in rows)
     run = json.loads((tmp_path / "out.run.json").read_text())
-    assert run["model"] == "judge" and run["fingerprint"] is None
-    [shape] = run["shapes"]
-    assert shape["server"] == url and shape["parallel"] == 3 and shape["model"] == run["model"]
-    assert shape["tract_lite"] == __version__
-    assert other.returncode == 0 and "6 were there already" in other.stdout
+    assert run["served_model"] == "judge" and "fingerprint" not in run
+    assert run["shapes"] == [{"server": url, "parallel": 3, "tract_lite": __version__}]
+    assert "6 were there already" in capsys.readouterr().out
 
 
 def hang(path, body, key):
@@ -415,14 +422,14 @@ def lie(folder, **told):
         (lambda folder: lie(folder, logprobs={"top_logprobs": [{"token_id:5": 0.7}]}), "0.7 is no log-probability"),
     ],
 )
-def test_a_server_that_fails_is_one_line_and_exit_code_1(folder, data, tmp_path, behaviour, words):
+def test_a_server_that_fails_is_one_line_and_exit_code_1(folder, data, tmp_path, capfd, behaviour, words):
     output = tmp_path / "out.csv"
     with fake_server(behaviour(folder)) as url:
         options = ("--spec", folder / "model", "--timeout", 1, "--parallel", 4)
-        done = call("judge", url, data, "-o", output, *options)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith("error: ") and words in message
+        assert main(list(map(str, ("judge", url, data, "-o", output, *options)))) == 1
+    error = capfd.readouterr().err
+    message = error.splitlines()[-1]
+    assert "Traceback" not in error and message.startswith("error: ") and words in message
     assert all(row["error"] is None for row in read_rows(tmp_path / "out.jsonl"))
     assert not output.exists()
 
@@ -457,6 +464,20 @@ def test_standard_input_is_judged_and_failed_items_are_counted(folder, tmp_path)
     assert "unusable rows left out: 1" in done.stderr
 
 
+def test_standard_input_is_gone_on_with_and_can_be_explained(folder, tmp_path):
+    lines = [json.dumps({**row, "id": f"item {n}"}) + "\n" for n, row in enumerate(ROWS)]
+    done, first = judge(folder, "-", tmp_path / "out.jsonl", stdin="".join(lines[:3]))
+    assert "3 judged" in done.stdout
+    done, rows = judge(folder, "-", tmp_path / "out.jsonl", stdin="".join(lines))
+    assert "3 judged, 0 of them failed, 3 were there already" in done.stdout
+    assert rows[:3] == first and [row["gold"] for row in rows] == [row["score"] for row in ROWS]
+    done = call("judge", folder / "judge.gguf", "-", "--explain", "item 1", stdin="".join(lines))
+    assert done.returncode == 0 and f"score {rows[1]['score']:.2f}" in done.stdout
+    done = call("judge", folder / "judge.gguf", "-", "-o", tmp_path / "other.jsonl", stdin="")
+    assert done.returncode == 2 and "- has no usable row" in only_error(done)
+    assert not (tmp_path / "other.jsonl").exists()
+
+
 def test_a_given_spec_replaces_the_one_inside(folder, data, tmp_path):
     spec = json.loads((folder / "model" / "judge_spec.json").read_text())
     spec["sampling"]["max_new_tokens"] = 2
@@ -477,33 +498,78 @@ def test_a_given_spec_replaces_the_one_inside(folder, data, tmp_path):
     assert max(len(row["feedback_ids"][0]) for row in rows) == 2
 
 
-def test_export_writes_files_that_judge(folder, data, tmp_path):
-    done = call("export", folder / "model", "-o", tmp_path / "judge.gguf", "--quantization", "q8_0")
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'judge.gguf'}: 0.1 MiB\n"
+def test_a_spec_may_be_a_file_a_folder_or_in_another_judge_s_gguf(folder, data, tmp_path):
+    """A file with the weights alone is judged by the spec of the file beside it."""
+    bare = shutil.copytree(folder / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("judge_spec.json"))
+    whole = (folder / "judge.gguf").read_bytes()
+    (tmp_path / "judge.gguf").write_bytes(whole.replace(SPEC_KEY.encode(), SPEC_KEY.replace("judge", "other").encode()))
+    done = call("judge", tmp_path / "judge.gguf", data, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and "judge.gguf holds no judge spec" in only_error(done)
+    found = []
+    for name in ("model/judge_spec.json", "model", "judge.gguf"):
+        output = tmp_path / f"{Path(name).stem}.jsonl"
+        found.append(judge(tmp_path, data, output, "--spec", folder / name)[1])
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+    for path in (bare, tmp_path / "judge.gguf"):
+        done = call("judge", tmp_path / "judge.gguf", data, "-o", tmp_path / "out.jsonl", "--spec", path)
+        assert done.returncode == 2 and f"{path} holds no judge spec" in only_error(done)
+
+
+def test_export_writes_files_that_judge(folder, data, tmp_path, capsys):
+    exported = tmp_path / "judge.gguf"
+    assert main(["export", str(folder / "model"), "-o", str(exported), "--quantization", "q8_0"]) == 0
+    assert capsys.readouterr().out == f"{exported}: 0.1 MiB\n"
     _, rows = judge(tmp_path, data, tmp_path / "out.jsonl")
     assert len(rows) == 6
 
 
-def test_evaluate_measures_items_with_gold_and_counts_the_others(tmp_path):
-    path = tmp_path / "out.jsonl"
-    append_rows(
-        path,
-        [
-            {"id": "a", "score": 1.5, "gold": 1},
-            {"id": "b", "score": 2.5, "gold": 2},
-            {"id": "c", "score": None, "gold": 3},
-            {"id": "d", "score": 3.0},
-        ],
+def test_evaluate_measures_items_with_gold_and_counts_the_others(tmp_path, capsys):
+    rows = [
+        {"id": "a", "score": 1.5, "gold": 1},
+        {"id": "b", "score": 2.5, "gold": 2},
+        {"id": "c", "score": None, "gold": 3},
+        {"id": "d", "score": 3.0},
+    ]
+    write_rows(tmp_path / "out.jsonl", rows)
+    assert main(["evaluate", str(tmp_path / "out.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "pearson" in shown and "| out |   1.000 |" in shown
+    assert "3 items with a gold score, 2 of them with a judgement; 1 without" in shown
+    # The same as in a process of its own.
+    assert call("evaluate", tmp_path / "out.jsonl").stdout == shown
+
+
+def test_evaluate_reads_the_last_row_of_each_item(tmp_path, capsys):
+    """A stopped call may leave earlier rows of an item; each row without an id is an item."""
+    earlier = [{"id": "a", "score": None, "error": "no", "gold": 1}, {"id": "b", "score": 9.0, "gold": 2}]
+    rows = [{"id": "b", "score": 2.5, "gold": 2}, {"id": "a", "score": 1.5, "gold": 1}]
+    others = [{"id": None, "score": 4.5, "gold": 4}, {"score": 5.5, "gold": 5}, {"id": None, "score": 3.5, "gold": 3}]
+    for name, content in {"tidy": rows + others, "later": earlier + rows + others}.items():
+        write_rows(tmp_path / f"{name}.jsonl", content)
+        assert main(["evaluate", str(tmp_path / f"{name}.jsonl")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    [tidy, later] = [line.split("|")[2:] for line in shown if line.startswith(("| tidy", "| later"))]
+    assert tidy == later and float(tidy[0]) == 1
+    assert (
+        shown.count("5 items with a gold score, 5 of them with a judgement; 0 without a gold score are left out") == 2
     )
-    done = call("evaluate", path)
-    assert done.returncode == 0, done.stderr
-    assert "pearson" in done.stdout and "| out |   1.000 |" in done.stdout
-    assert "3 items with a gold score, 2 of them with a judgement; 1 without" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_evaluate_names_the_rows_of_a_table(tmp_path, capsys, suffix):
+    (tmp_path / f"out.{suffix}").write_text("id,score,gold\na,1,1\n")
+    assert main(["evaluate", str(tmp_path / f"out.{suffix}")]) == 2
+    assert capsys.readouterr().err.endswith(f"evaluate reads the rows in {tmp_path / 'out.jsonl'}\n")
+
+
+def test_evaluate_takes_what_judge_has_written(whole, capsys):
+    assert main(["evaluate", str(whole / "out.jsonl")]) == 0
+    assert "6 items with a gold score, 6 of them with a judgement" in capsys.readouterr().out
 
 
 def test_report_prints_where_the_page_is(tmp_path):
     (tmp_path / "judged").mkdir()
-    append_rows(tmp_path / "judged" / "judge-f16.jsonl", [{"score": 1.0, "gold": 2.0}])
+    write_rows(tmp_path / "judged" / "judge-f16.jsonl", [{"score": 1.0, "gold": 2.0}])
     done = call("report", tmp_path)
     assert done.stdout == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
 
@@ -521,7 +587,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "{notes}"), "notes.jsonl is not JSONL"),
         (("judge", "{judge}", "{data}", "-o", "out.txt"), "must end in .jsonl, .csv or .parquet"),
         (("judge", "{judge}", "{data}"), "name the output with -o"),
-        (("judge", "{folder}", "{data}", "-o", "{out}"), "is a folder: .* export"),
+        (("judge", "{folder}", "{data}", "-o", "{out}"), "is a folder, and MODEL is a GGUF file: `tract-lite export`"),
         (("judge", "{judge}", "{folder}", "-o", "{out}"), "model: format must be"),
         (("judge", "{text}", "{data}", "-o", "{out}"), "text.gguf is not a GGUF file"),
         (
@@ -535,19 +601,32 @@ def test_report_prints_where_the_page_is(tmp_path):
             ("judge", "{judge}", "{data}", "-o", "{out}", "--context-length", "-5"),
             "--context-length must be at least 1",
         ),
-        (("judge", "{judge}", "{data}", "-o", "{plain}"), "other rows than judgements"),
+        (("judge", "{judge}", "{data}", "-o", "{plain}"), "plain.jsonl holds other rows than these"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"), "--n-cot must be at least 1"),
-        (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at none.json"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.gguf"), "none.gguf"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "{text}"), "text.gguf is not a GGUF file"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--adapter", "{judge}"), "judge.gguf .*is no LoRA adapter"),
+        (("judge", "{judge}", "{data}", "--explain", "--timeout", "5"), "--timeout is for the URL of a server"),
+        (("train", "{data}", "-o", "{stage}"), "name the model to train with --seed-model"),
+        (("train", "none.csv", "-o", "{stage}", "--seed-model", "{folder}"), "no file none.csv"),
+        (("train", "{data}", "-o", "{stage}", "--seed-model", "{folder}", "--scale", "five"), "the scale 'five' can't"),
+        (("train", "{data}", "-o", "{stage}", "--seed-model", "{folder}", "--scale", "1-3"), "outside the scale"),
+        (("reason", "none", "{data}", "-o", "{out}"), "no judge spec at none"),
+        (("reason", "{folder}", "none.csv", "-o", "{out}"), "no file none.csv"),
+        (("merge", "none", "-o", "{stage}"), "no judge spec at none"),
         (("export", "none", "-o", "{out}"), "none is not a model folder"),
         (("evaluate", "none.jsonl"), "no file none.jsonl"),
         (("evaluate", "{plain}"), "none of the 2 rows"),
         (("report", "none"), "nothing to report"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, data, tmp_path, arguments, words):
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    folder, data, tmp_path, capfd, monkeypatch, arguments, words
+):
     plain = tmp_path / "plain.jsonl"
-    append_rows(plain, [{"id": "a"}, {"id": "b"}])
+    write_rows(plain, [{"id": "a"}, {"id": "b"}])
     (tmp_path / "notes.jsonl").write_text("some notes\n")
     (tmp_path / "text.gguf").write_text("some notes\n" * 99)
     (tmp_path / "table.csv").write_text("a,b\n")
@@ -559,22 +638,146 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, data, tmp_pa
         "data": data,
         "plain": plain,
         "out": tmp_path / "out.jsonl",
+        "stage": tmp_path / "stage",
     }
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    done = call(*(argument.format(**names) for argument in arguments))
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.search(words, only_error(done))
+    monkeypatch.chdir(ROOT)
+    # Not in a process of its own, which would take its time to start, forty times.
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    shown, error = capfd.readouterr()
+    [line] = error.splitlines()
+    assert shown == "" and line.startswith("error: ") and re.search(words, line)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_fails_at_run_time_is_one_line_and_exit_code_1(folder, tmp_path):
+def test_an_error_ends_the_process_with_its_code(data, tmp_path):
+    done = call("judge", "none.gguf", data, "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and done.stdout == "" and "no file none.gguf" in only_error(done)
+
+
+def test_a_run_folder_in_place_of_its_judge_names_the_file_that_lies_in_it(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    arguments = ["judge", str(run), str(data), "-o", str(tmp_path / "out.jsonl")]
+    assert main(arguments) == 2 and "`tract-lite export` makes a GGUF" in capsys.readouterr().err
+    for name in ("judge-f16.gguf", "judge-q4_k_m.gguf", "adapter.gguf"):
+        (run / name).write_bytes(b"GGUF")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.strip().endswith(f"judge with {run / 'judge-q4_k_m.gguf'}")
+
+
+@pytest.mark.parametrize(
+    "module, package, arguments",
+    [
+        ("llama_cpp", "llama-cpp-python", ("judge", "{judge}", "{data}", "-o", "{out}.jsonl")),
+        ("llama_cpp", "llama-cpp-python", ("judge", "{judge}", "{data}", "--explain")),
+        ("pyarrow", "pyarrow", ("judge", "{judge}", "{data}", "-o", "{out}.parquet")),
+        ("torch", "torch", ("train", "{data}", "-o", "{out}", "--seed-model", "x")),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_as_pip_knows_it(folder, data, tmp_path, module, package, arguments):
+    names = {"judge": folder / "judge.gguf", "data": data, "out": tmp_path / "out"}
+    given = [argument.format(**names) for argument in arguments]
+    code = f"import sys; sys.modules[{module!r}] = None; from tract_lite.__main__ import main; sys.exit(main({given}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, env=ENVIRONMENT
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert only_error(done).endswith(f": pip install {package}")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
+
+
+def test_what_fails_at_run_time_is_one_line_and_exit_code_1(folder, tmp_path, capfd, monkeypatch):
     for name in ("convert_hf_to_gguf.py", "gguf.py"):
         (tmp_path / name).write_text("raise SystemExit('no such architecture')")
-    environment = ENVIRONMENT | {"LLAMA_CPP_DIR": str(tmp_path)}
-    done = call("export", folder / "model", "-o", tmp_path / "judge.gguf", env=environment)
-    assert done.returncode == 1 and "no such architecture" in only_error(done)
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    assert main(["export", str(folder / "model"), "-o", str(tmp_path / "judge.gguf")]) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "no such architecture" in line
 
 
 def test_a_call_without_a_verb_shows_the_usage():
     done = call()
-    assert done.returncode == 2 and done.stderr.startswith("usage: python -m tract_lite")
+    assert done.returncode == 2 and done.stderr.startswith("usage: tract-lite")
+
+
+# Training, verb by verb
+
+
+@pytest.fixture(scope="module")
+def trained(shared_once):
+    """A stage that `train` has made, with the rows it was trained on."""
+
+    def make(folder):
+        seed_model = small_seed_model(shared_once)
+        records = make_records(16)
+        write_records(folder / "data.jsonl", records)
+        write_records(folder / "validation.jsonl", make_records(4, seed=1))
+        (folder / "template.jinja").write_text("{{ response }}\n")
+        files = (folder / "data.jsonl", "-o", folder / "stage", "--seed-model", seed_model)
+        options = ("--validation", folder / "validation.jsonl", "--template", folder / "template.jinja", *SIZES)
+        assert main(["train", *map(str, (*files, *options))]) == 0
+
+    return shared_once("trained_by_verb", make)
+
+
+SIZES = "--preset quick --epochs 1 --max-items 12 --max-length 128 --max-new-tokens 8".split()
+
+
+@pytest.mark.training
+def test_train_leaves_an_adapter_and_says_where(trained, shared_once, tmp_path, capsys):
+    stage = json.loads((trained / "stage" / "stage.json").read_text())
+    assert (stage["records"], stage["validation"], stage["settings"]["epochs"]) == (12, 4, 1)
+    spec = JudgeSpec.load(trained / "stage" / "adapter")
+    assert (spec.max_length, spec.sampling.max_new_tokens, spec.template) == (128, 8, "{{ response }}\n")
+    with Judge.from_adapter(trained / "stage") as judge:
+        [judgement] = judge.score_many(make_records(1))
+    assert judgement.error is None and len(judgement.feedback_ids[0]) <= 8
+
+
+@pytest.mark.training
+def test_train_takes_a_stage_that_is_there_and_refuses_one_of_other_settings(trained, shared_once, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    files = (copy / "data.jsonl", "-o", copy / "stage", "--seed-model", small_seed_model(shared_once))
+    same = ("--validation", copy / "validation.jsonl", "--template", copy / "template.jinja", *SIZES)
+    weights = (copy / "stage" / "adapter" / "adapter_model.safetensors").stat()
+    assert main(["train", *map(str, (*files, *same))]) == 0
+    assert capsys.readouterr().out == f"{copy / 'stage' / 'adapter'}\n"
+    assert (copy / "stage" / "adapter" / "adapter_model.safetensors").stat() == weights
+    assert main(["train", *map(str, (*files, *same, "--max-new-tokens", 9))]) == 2
+    assert re.search("other settings.* sampling: .*8.* there, .*9.* now", capsys.readouterr().err)
+
+
+@pytest.mark.training
+def test_reason_writes_a_reasoning_for_each_record_and_goes_on(trained, tmp_path, capsys):
+    command = ["reason", str(trained / "stage"), str(trained / "data.jsonl"), "-o", str(tmp_path / "own.jsonl")]
+    assert main([*command, "--parallel", "4"]) == 0
+    kept = read_records(tmp_path / "own.jsonl")
+    rejected = read_rows(tmp_path / "own.rejected.jsonl")
+    line = f"{tmp_path / 'own.jsonl'}: {len(kept)} reasonings, {len(rejected)} rejected"
+    shown = capsys.readouterr().out
+    assert shown.startswith(line) and kept and len(kept) + len(rejected) == 16
+    given = {record.id: record for record in make_records(16)}
+    assert all(record.score == given[record.id].score and record.key == given[record.id].key for record in kept)
+    assert all(record.feedback_ids and record.feedback != given[record.id].feedback for record in kept)
+    before = (tmp_path / "own.jsonl").read_bytes()
+    assert main(command) == 0
+    assert capsys.readouterr().out == shown and (tmp_path / "own.jsonl").read_bytes() == before
+    assert main([*command, "--seed", "1"]) == 2
+    assert "seed: 0 there, 1 now" in capsys.readouterr().err
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("options", [(), ("--base", "16bit")])
+def test_merge_writes_a_judge_s_folder_that_scores_as_the_adapter_does(trained, tmp_path, capsys, options):
+    merged = tmp_path / "merged"
+    assert main(["merge", str(trained / "stage" / "adapter"), "-o", str(merged), *options]) == 0
+    assert capsys.readouterr().out == f"{merged}\n"
+    assert JudgeSpec.load(merged) == JudgeSpec.load(trained / "stage" / "adapter")
+    records, reasonings = make_records(3), [[[7, 8]]] * 3
+    with Judge.from_pretrained(merged) as judge:
+        scores = [judgement.score for judgement in judge.score_many(records, reasonings=reasonings)]
+    if not options:
+        with Judge.from_adapter(trained / "stage") as judge:
+            expected = [judgement.score for judgement in judge.score_many(records, reasonings=reasonings)]
+        assert scores == pytest.approx(expected, abs=0.02)
