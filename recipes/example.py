@@ -6,8 +6,6 @@ distribution of each gold score is known and skewed, the best possible judge ans
 a judge that has learnt to trust the expert's verdicts is misled by the ones it makes up itself.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
 

@@ -3,8 +3,6 @@
 python recipes/install.py
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -57,8 +55,7 @@ def install(file: Path) -> None:
 def describe_hardware() -> str:
     """The precision that this machine computes in, and why.
 
-    Raises:
-        RuntimeError: the installed torch has no kernels for the card.
+    Raises RuntimeError: the installed torch has no kernels for the card.
     """
     sys.path.insert(0, str(ROOT))
     from tract_lite import pick_dtype

@@ -3,8 +3,6 @@
 python recipes/notebooks.py
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

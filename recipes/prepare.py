@@ -4,8 +4,6 @@ The built-in example becomes data, held-out items and a template in the run's fo
 model is trained from nothing on the text that it is to judge.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

@@ -8,8 +8,6 @@ A second call with the same --out goes on where the first one stopped. With seve
 them train; the first one does the rest. Source: TRACT, section 3.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import sys

@@ -23,10 +23,10 @@ from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 # Of each architecture, a vocabulary of its kind.
-MADE = {"gemma2": make_gemma_spm, "phi3": make_phi_spm}
+MADE = {"mistral": make_phi_spm, "gemma2": make_gemma_spm, "phi3": make_phi_spm}
 TRAINED = {
     "llama": "merged digits",
-    "mistral": "spm",
+    "mistral": "phi",
     "qwen2": "split digits",
     "qwen3": "space and digit",
     "gemma2": "gemma",
@@ -37,14 +37,16 @@ KNOWN = {"llama": "llama-bpe", "mistral": "llama-spm", "qwen2": "qwen2", "qwen3"
 SMALL = {"hidden_size": 32, "head_dim": 8, "tie_word_embeddings": True}
 # With larger weights, llama.cpp's table of GELU in 16 bits shows.
 SIZES = {"gemma2": {"std": 0.05}}
-CASES = [pytest.param(case, id=case[0]) for case in TRAINED.items()] + [
-    pytest.param(case, id=case[1], marks=pytest.mark.long) for case in KNOWN.items() if case[1] in REAL
+CASES = [pytest.param(case, id=case[0]) for case in TRAINED.items()]
+REAL_CASES = [
+    pytest.param(case, id=f"real {case[1]}", marks=pytest.mark.long) for case in KNOWN.items() if case[1] in REAL
 ]
 
 
 def make_export(family: str, name: str, folder: Path) -> None:
     """A random seed model, a random adapter on it, both merged, and the GGUF file in float32."""
-    vocabulary = MADE[family](folder / "vocabulary") if family in MADE else vocabulary_folder(name)
+    made = family in MADE and name not in REAL
+    vocabulary = MADE[family](folder / "vocabulary") if made else vocabulary_folder(name)
     options = {**OPTIONS.get(family, {}), **SIZES.get(family, {}), **(SMALL if name in REAL else {})}
     seed_model = make_family(folder / "seed", vocabulary, family, **options)
     for unused in seed_model.glob("*.gguf"):
@@ -56,7 +58,7 @@ def make_export(family: str, name: str, folder: Path) -> None:
         export_gguf(merged, folder / "judge.gguf", "f32", check=False)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES + REAL_CASES)
 def export(request, shared_once):
     """A merged judge of each architecture, and its GGUF file in float32."""
     family, name = request.param
@@ -83,7 +85,7 @@ def test_the_gate_passes_what_is_the_same(export, caplog):
     assert "the ids of 5 prompts" in caplog.text and "f32: 5 records" in caplog.text
 
 
-@pytest.mark.skipif(not REAL, reason="no real data here")
+@pytest.mark.parametrize("export", REAL_CASES, indirect=True)
 def test_ids_of_real_prompts_are_the_same_on_both_sides(export):
     real = read_records(SHARED / "data" / "vicuna_eval.json")
     feedbacks = [pair.feedback for record in real for pair in record.pairs()[:1]]

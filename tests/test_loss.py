@@ -71,7 +71,7 @@ def with_gradients(function, batch, **options):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Within `tolerance` of the largest entry of each tensor, or of the terms summed in it (about 1)."""
+    """Within `tolerance` of each tensor's largest entry, or of the terms summed in it (about 1)."""
     for a, b in zip(ours, theirs, strict=True):
         b = torch.zeros_like(a, dtype=torch.float64) if b is None else b.double()
         size = max(1.0, b.nan_to_num().abs().max().item())

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from judges import make_wide_judge
 from llama_cpp import llama_model_free
-from tiny import BYTE_LEVEL, REAL, SHARED, gguf_weights, load_tokenizer, make_llama, make_sentences, make_spm, vocabulary_folder
+from tiny import (
+    BYTE_LEVEL,
+    REAL,
+    SHARED,
+    gguf_weights,
+    load_tokenizer,
+    make_llama,
+    make_sentences,
+    make_spm,
+    vocabulary_folder,
+)
 from transformers import AutoTokenizer
 
 from tract_lite.data.records import read_records

@@ -490,10 +490,11 @@ def test_a_data_frame_is_read_as_its_file_would_be(read, tmp_path):
 
 @pytest.mark.parametrize("missing", [None, math.nan, np.nan, pd.NA, pd.NaT])
 def test_a_missing_cell_is_absent_in_a_data_frame_and_in_dicts(missing):
-    full = {"response": "r", "score": 2, "id": "a", "feedback": "f", "reference": "best"}
+    full = {"response": "r", "score": 2, "id": "a", "feedback": "f", "reference": "best", "feedback_ids": [7]}
+    full |= {"rubric": {"criteria": "c", "descriptions": {"1": "no"}}}
     lacking = {**dict.fromkeys(full, missing), "response": "other"}
     expected = [
-        Record(response="r", score=2.0, id="a", feedback="f", reference="best"),
+        Record("", "r", Rubric("c", {"1": "no"}), "best", 2.0, "f", id="a", feedback_ids=(7,)),
         Record(response="other", id="1"),
     ]
     assert records_from([full, lacking]) == expected

@@ -91,14 +91,7 @@ def test_integers_include_both_ends():
 
 @pytest.mark.parametrize(
     "text, low, high",
-    [
-        ("1-5", 1, 5),
-        ("0-10", 0, 10),
-        ("-2-2", -2, 2),
-        ("-5--1", -5, -1),
-        ("+1-+3", 1, 3),
-        (" 1 - 5 ", 1, 5),
-    ],
+    [("1-5", 1, 5), ("0-10", 0, 10), ("-2-2", -2, 2), ("-5--1", -5, -1), ("+1-+3", 1, 3), (" 1 - 5 ", 1, 5)],
 )
 def test_a_scale_is_read_from_its_lowest_and_highest_score(text, low, high):
     assert ScoreScale.parse(text) == ScoreScale.integers(low, high)

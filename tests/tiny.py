@@ -225,7 +225,7 @@ def make_family(
 
 @functools.cache
 def vocabulary_folder(name: str) -> Path:
-    """The tokenizer folder of one of `VOCABULARIES`, with `vocab.gguf` in it where it is byte-level."""
+    """The tokenizer folder of one of `VOCABULARIES`; byte-level ones hold `vocab.gguf` too."""
     if name in REAL:
         return SHARED / "tokenizers" / name
     folder = Path(tempfile.mkdtemp(prefix="vocabulary"))

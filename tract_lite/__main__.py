@@ -1,7 +1,5 @@
 """The command line: each verb turns its flags into plain values and calls one function."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -94,7 +92,7 @@ def export(args: argparse.Namespace) -> None:
                 f"{args.model_dir} is an adapter, which is written as it is: --quantization is for model folders"
             )
         seed_model = args.seed_model or JudgeSpec.load(args.model_dir).base_model
-        written = export_adapter(args.model_dir, seed_model, args.output, check=not args.no_check)
+        written: Path | list[Path] = export_adapter(args.model_dir, seed_model, args.output, check=not args.no_check)
     else:
         names = names or ["f16"]
         written = export_gguf(

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
 import numpy as np
 
 from tract_lite.data.files import fingerprint
-from tract_lite.data.resume import MOST_WAITING, ResumableRows
+from tract_lite.data.resume import ResumableRows
 from tract_lite.engines.task import Engine, Sample, Task, answers_in_order, sample_seed
 from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
@@ -214,24 +214,13 @@ class Judge:
             except Exception as error:
                 broken.append(error)
 
-        def one_run(first: Task) -> Iterator[Task | Exception]:
-            """What the engine is asked in one run, which ends if too many faults wait for it."""
-            yield first
-            for task in tasks:
-                yield task
-                if isinstance(task, Exception) and len(names) >= MOST_WAITING:
-                    return
-
-        tasks = asked()
         count = low = 0
         try:
-            for first in tasks:
-                fault = isinstance(first, Exception)
-                for answer in [first] if fault else answers_in_order(self.engine, one_run(first)):
-                    judgement = self._judgement(names.popleft(), answer)
-                    count += 1
-                    low += judgement.mass < LOW_MASS
-                    yield judgement
+            for answer in answers_in_order(self.engine, asked()):
+                judgement = self._judgement(names.popleft(), answer)
+                count += 1
+                low += judgement.mass < LOW_MASS
+                yield judgement
         finally:
             if low:
                 logger.warning(LOW_MASS_WARNING, low, count, LOW_MASS)

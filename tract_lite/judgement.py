@@ -64,18 +64,18 @@ class Judgement:
         `values` is what each label stands for, `fields` are further ones of the judgement.
         """
         numbers = np.array(list(values.values()))
-        scores = expected_score(rows, numbers)
+        scores = np.asarray(expected_score(rows, numbers))
         mean = rows.mean(axis=0)
         mass = float(mean.sum())
         share = mean / (mass or math.nan)
-        centred = numbers - expected_score(share, numbers)
+        variance = expected_score(share, (numbers - expected_score(share, numbers)) ** 2)
         return cls(
             name,
             score=float(scores.mean()),
             probabilities=dict(zip(values, mean.tolist())),
             mass=mass,
             scores=scores.tolist(),
-            std=math.sqrt(expected_score(share, centred**2)),
+            std=math.sqrt(float(variance)),
             mode=float(numbers[mean.argmax()]),
             values=dict(values),
             **fields,
@@ -121,13 +121,9 @@ class Judgement:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Judgement":
         """The judgement that `to_row` wrote; other columns are left alone."""
-        absent = {"id": None, "error": None}
-        return cls(
-            **{
-                item.name: absent.get(item.name, math.nan) if row[item.name] is None else row[item.name]
-                for item in fields(cls)
-            }
-        )
+        filled: dict[str, Any] = {**dict.fromkeys(row, math.nan), "id": None, "error": None}
+        filled |= {name: value for name, value in row.items() if value is not None}
+        return cls(**{item.name: filled[item.name] for item in fields(cls)})
 
     def explain(self, record: Record | None = None, width: int | None = None) -> str:
         """The judgement as a person reads it: reasonings, a bar for each label, figures, warnings.

@@ -50,7 +50,7 @@ def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
     Raises ValueError: a number is too small.
     """
     chosen = {}
-    for item in fields(kind):
+    for item in fields(kind):  # type: ignore[arg-type]
         value = getattr(arguments, item.name)
         least = item.metadata["least"]
         if least is not None and value is not None and not value >= least:

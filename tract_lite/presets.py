@@ -126,7 +126,7 @@ PRESETS = {
     ),
 }
 # The toy presets on somebody's own data, whose texts are longer.
-_TOY_ON_OWN_DATA = {
+_TOY_ON_OWN_DATA: dict[str, Any] = {
     "training": TrainSettings(micro_batch_size=4, learning_rate=6e-3, log_every=2),
     "max_items": 1000,
     "max_held_out": 20,
@@ -205,12 +205,11 @@ def preset_of_machine() -> str:
 def preset_for(options: StageOptions) -> Preset:
     """The preset with what the user chose put in its place.
 
-    Raises:
-        ValueError: the scale can't be read.
+    Raises ValueError: the scale can't be read.
     """
     name = preset_of_machine() if options.preset == "auto" else options.preset
     # A form in a notebook has no other way of leaving a field to the preset.
-    chosen = {key: value for key, value in vars(options).items() if value not in (None, "", 0)}
+    chosen: dict[str, Any] = {key: value for key, value in vars(options).items() if value not in (None, "", 0)}
     preset = PRESETS[name]
     # A single stage has no built-in example: its data are always somebody's own.
     if preset.data is None and getattr(options, "data", True):

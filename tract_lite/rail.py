@@ -26,18 +26,17 @@ def label_log_probabilities(logits: np.ndarray, label_ids: Sequence[int]) -> np.
     return logits[..., list(label_ids)] - log_total[..., None]
 
 
-def expected_score(probabilities: np.ndarray, values: Sequence[float]) -> float | np.ndarray:
+def expected_score(probabilities: np.ndarray, values: Sequence[float] | np.ndarray) -> float | np.ndarray:
     """The RAIL score: the sum over labels of probability times value, as in the paper.
 
     `probabilities` (..., K) are taken as they are: mass on other tokens is not redistributed.
     Returns a float for one row, else an array (...).
     Raises ValueError: the last axis and `values` differ in length.
     """
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    values = np.asarray(values, dtype=np.float64)
-    if probabilities.shape[-1:] != values.shape:
-        raise ValueError(f"probabilities {probabilities.shape} do not match {len(values)} values")
-    expectation = probabilities @ values
+    rows, numbers = np.asarray(probabilities, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if rows.shape[-1:] != numbers.shape:
+        raise ValueError(f"probabilities {rows.shape} do not match {len(values)} values")
+    expectation = rows @ numbers
     return float(expectation) if expectation.ndim == 0 else expectation
 
 

@@ -1,7 +1,5 @@
 """The folder of a run: every file's name, what is done, and how a second call goes on."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -57,8 +55,7 @@ class Run:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Go on in the folder, or make it this run's.
 
-        Raises:
-            ValueError: it holds a run with other settings.
+        Raises ValueError: it holds a run with other settings.
         """
         with self._first():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,8 +91,8 @@ class Run:
             write_records(path, splits.held_out)
 
         self.once(HELD_OUT, keep)
-        parts = (self._records(name) for name in (TRAINING, VALIDATION, HELD_OUT))
-        return Splits(*parts, self.counts)
+        training, validation, held_out = map(self._records, (TRAINING, VALIDATION, HELD_OUT))
+        return Splits(training, validation, held_out, self.counts)
 
     @property
     def counts(self) -> dict[str, Any]:

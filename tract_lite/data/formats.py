@@ -73,8 +73,9 @@ def _from_benchmark(row: Row) -> Record:
     if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
         raise ValueError("gpt4_feedback and gpt4_score must be lists of one length")
     pairs = [{"gpt4_feedback": feedback, "gpt4_score": score} for feedback, score in zip(*columns)]
-    annotations = tuple(Annotation(_text(pair, "gpt4_feedback"), _number(pair, "gpt4_score")) for pair in pairs)
-    if any(None in annotation for annotation in annotations):
+    read = [(_text(pair, "gpt4_feedback"), _number(pair, "gpt4_score")) for pair in pairs]
+    annotations = tuple(Annotation(text, score) for text, score in read if text is not None and score is not None)
+    if len(annotations) < len(read):
         raise ValueError("gpt4_feedback and gpt4_score must not have gaps")
     score = fmean(annotation.score for annotation in annotations) if annotations else None
     return Record(prompt=_text(row, "instruction"), score=score, annotations=annotations)

@@ -1,6 +1,7 @@
 """Judging data as records: read from files and the hub, or taken from dicts and data frames."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -58,17 +59,16 @@ def records_from(
     Raises BadRows: some rows are unusable; names them all.
     Raises ValueError: no row is usable.
     """
-    if hasattr(rows, "notna"):
-        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    placed = ((f"row {number}", _plain(row)) for number, row in enumerate(rows, 1))
+    given: Any = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    placed = ((f"row {number}", _plain(row)) for number, row in enumerate(given, 1))
     return _to_records("the rows given", placed, scale, skip_bad, rejected)
 
 
 def _plain(value: Any) -> Any:
-    """A row or a cell without the types of numpy and pandas."""
+    """A row or a cell without the types of numpy and pandas; None for a missing cell of any kind."""
     if isinstance(value, Mapping):
         return {name: _plain(cell) for name, cell in value.items()}
-    if type(value).__name__ in ("NAType", "NaTType"):
+    if type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and math.isnan(value):
         return None
     return value.tolist() if hasattr(value, "tolist") else value
 
@@ -81,9 +81,10 @@ def _to_records(
     for position, (place, row) in enumerate(rows):
         try:
             record = to_record(row, str(position), scale)
-            if record.id in records:
-                raise ValueError(f"the id {record.id!r} belongs to an earlier row")
-            records[record.id] = record
+            name = str(record.id)
+            if name in records:
+                raise ValueError(f"the id {name!r} belongs to an earlier row")
+            records[name] = record
         except ValueError as error:
             bad.append(f"{place}: {error}")
     if bad and not skip_bad:

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any, Iterable, Iterator, Protocol, Self, Sequence
 
 import numpy as np
@@ -89,6 +89,15 @@ def answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Itera
 
     An exception in place of a task is its own answer, given in its turn.
     """
+    asked = iter(asked)
+    for first in asked:
+        if not isinstance(first, Exception):
+            yield from _answers_in_order(engine, chain([first], asked))
+        else:
+            yield first
+
+
+def _answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Iterator[list[Sample] | Exception]:
     ready: dict[int, list[Sample] | Exception] = {}
     # By the engine's numbers, which count the tasks alone.
     places: dict[int, int] = {}

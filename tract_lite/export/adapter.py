@@ -1,7 +1,5 @@
 """A LoRA adapter as files: what it changes, by how much, and which seed model it belongs to."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -25,8 +23,7 @@ COMPARED_ROWS = 16
 class Adapter:
     """The weight changes in an adapter's folder, by the name of the weight they change.
 
-    Raises:
-        ValueError: not a LoRA adapter on linear layers, with or without `modules_to_save`.
+    Raises ValueError: not a LoRA adapter on linear layers, with or without `modules_to_save`.
     """
 
     def __init__(self, folder: str | Path):
@@ -64,8 +61,7 @@ class Adapter:
     def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Refuse a seed model that lacks what the adapter changes, or has it in other shapes.
 
-        Raises:
-            ValueError: says which weights, and both shapes.
+        Raises ValueError: says which weights, and both shapes.
         """
         changed: dict[str, tuple[int, ...]] = {
             name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()
@@ -82,9 +78,7 @@ class Adapter:
 
         They are told apart by their weights where the adapter's own seed model is still at hand,
         else by their names: the last part of a path or hub id.
-
-        Raises:
-            ValueError: another seed model.
+        Raises ValueError: another seed model.
         """
         trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed model"
         try:

@@ -3,8 +3,6 @@
 The converter is taken from the source package of the very llama-cpp-python that runs the file.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -31,10 +29,8 @@ def llama_cpp_source() -> Path:
     """The folder of llama.cpp's converter, in the version of the installed llama-cpp-python.
 
     `LLAMA_CPP_DIR` names it; without, it is fetched once with pip into the cache folder.
-
-    Raises:
-        ValueError: `LLAMA_CPP_DIR` is not such a folder.
-        RuntimeError: it could not be fetched.
+    Raises ValueError: `LLAMA_CPP_DIR` is not such a folder.
+    Raises RuntimeError: it could not be fetched.
     """
     if chosen := os.environ.get("LLAMA_CPP_DIR"):
         if not Path(chosen, _MODELS).is_file():
@@ -53,9 +49,7 @@ def convert_model(
     """Write a model folder as GGUF: "f32", "f16", "bf16", "q8_0", or "auto" for its own 16 bits.
 
     With `vocab_only` the folder needs no weights.
-
-    Raises:
-        RuntimeError: llama.cpp's converter failed.
+    Raises RuntimeError: llama.cpp's converter failed.
     """
     _convert(_MODELS, model_dir, out, ["--outtype", file_type, *["--vocab-only"] * vocab_only], spec)
 
@@ -63,8 +57,7 @@ def convert_model(
 def convert_adapter(adapter_dir: Path, base_dir: Path, out: Path, spec: JudgeSpec) -> None:
     """Write an adapter as GGUF, in float32; `base_dir` holds the config of its seed model.
 
-    Raises:
-        RuntimeError: llama.cpp's converter failed.
+    Raises RuntimeError: llama.cpp's converter failed.
     """
     _convert(_ADAPTERS, adapter_dir, out, ["--outtype", "f32", "--base", str(base_dir.resolve())], spec)
 
@@ -108,8 +101,7 @@ def file_types() -> dict[str, int]:
 def quantize(source: Path, out: Path, name: str) -> None:
     """Write a GGUF file in another of llama.cpp's file types.
 
-    Raises:
-        RuntimeError: llama.cpp could not.
+    Raises RuntimeError: llama.cpp could not.
     """
     llama = quiet_llama()
     params = llama.llama_model_quantize_default_params()

@@ -1,7 +1,5 @@
 """A judge to GGUF: its whole model, or its adapter alone; checked before it gets its name."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -43,11 +41,10 @@ def export_gguf(
     `parity.check_export`. `records`: those to check with, made-up ones unless given. `figures`: a
     JSON file that gets what the check has measured, by file name. No file has its name before it is
     complete and checked.
-
-    Raises:
-        ValueError: an unknown type, a folder without what it takes, or another vocabulary's spec.
-        RuntimeError: the converter is out of reach, llama.cpp could not write the file, it reads
-            other tokens than transformers, or the disk has no room.
+    Raises ValueError: an unknown type, a folder without what it takes, or another vocabulary's
+        spec.
+    Raises RuntimeError: the converter is out of reach, llama.cpp could not write the file, it reads
+        other tokens than transformers, or the disk has no room.
     """
     model_dir, out = Path(model_dir), Path(out)
     single = isinstance(quantization, str)
@@ -91,11 +88,9 @@ def export_adapter(
     The base file rounds the seed model otherwise than the 4 bits of training. For the built-in
     example (scale 1 to 5), scores differ from the trained judge's by 0.021 on average with an f16
     or q8_0 base and by 0.034 with q4_k_m, and by 0.016 if merged and quantised to q4_k_m.
-
-    Raises:
-        ValueError: no adapter, one of another seed model or that must be merged, or no spec.
-        RuntimeError: the converter is out of reach or failed, llama.cpp reads other tokens than
-            transformers, or the disk has no room.
+    Raises ValueError: no adapter, one of another seed model or that must be merged, or no spec.
+    Raises RuntimeError: the converter is out of reach or failed, llama.cpp reads other tokens than
+        transformers, or the disk has no room.
     """
     changes, out = Adapter(adapter_dir), Path(out)
     if out.is_dir():

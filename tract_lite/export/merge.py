@@ -4,8 +4,6 @@ The weights never pass through a loaded model: bitsandbytes repacks those it com
 merge of repacked weights is garbage.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -38,11 +36,9 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     Tokenizer files and the judge's spec are copied as they are. Memory holds one tensor at a time;
     files have 256 MB or one tensor. An older merge in `out_dir` is replaced, at once and by a whole
     one alone.
-
-    Raises:
-        ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't be
-            merged, or `out_dir` holds something else.
-        RuntimeError: the disk has no room.
+    Raises ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't
+        be merged, or `out_dir` holds something else.
+    Raises RuntimeError: the disk has no room.
     """
     if base not in ("4bit", "16bit"):
         raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")

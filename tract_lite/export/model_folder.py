@@ -1,7 +1,5 @@
 """Folders of models: those of the seed, of a merged judge, and of work that is not finished."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -24,9 +22,7 @@ def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> I
 
     What a killed call for the same `out` has left is removed first. `size`: bytes to be written
     there; `advice`: what else helps where there is no room for them.
-
-    Raises:
-        RuntimeError: less than `size` is free.
+    Raises RuntimeError: less than `size` is free.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each call: a child of a killed one may still be writing.
@@ -56,8 +52,7 @@ def is_merged_judge(folder: Path) -> bool:
 def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool = True) -> Path:
     """The folder of a seed model; of a hub id, the one in the hub's cache, perhaps without weights.
 
-    Raises:
-        OSError, ValueError: no such model.
+    Raises OSError, ValueError: no such model.
     """
     if Path(seed_model).is_dir():
         return Path(seed_model)
@@ -70,8 +65,7 @@ def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool 
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor in a model folder.
 
-    Raises:
-        ValueError: no safetensors files.
+    Raises ValueError: no safetensors files.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -1,7 +1,5 @@
 """Does one judge read the same ids and give the same scores as another?"""
 
-from __future__ import annotations
-
 import logging
 import math
 import sys
@@ -60,8 +58,7 @@ class Parity:
 def compare(judge: Judge, other: Judge, records: Sequence[Record], judgements: Sequence[Judgement]) -> Parity:
     """Let `other` read the reasonings in `judgements`, which `judge` gave, and compare the scores.
 
-    Raises:
-        ValueError: no record was judged by both.
+    Raises ValueError: no record was judged by both.
     """
     judged = [(record, given) for record, given in zip(records, judgements) if not given.error]
     asked = [record for record, _ in judged]
@@ -105,9 +102,7 @@ def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: 
 
     Compared are the ids of the records' prompts and the spellings of marker, labels and special
     tokens. The spec must also have the special tokens of the tokenizer's own chat format.
-
-    Raises:
-        RuntimeError: they differ; says where.
+    Raises RuntimeError: they differ; says where.
     """
     theirs = TransformersVocabulary(tokenizer)
     chat = [piece for piece in spec.chat if isinstance(piece, int)]
@@ -138,9 +133,7 @@ def check_vocabulary(
     """`check_ids` between a tokenizer and a GGUF file; returns the records it took.
 
     `records`: `hard_records` unless given.
-
-    Raises:
-        RuntimeError: they differ; says where.
+    Raises RuntimeError: they differ; says where.
     """
     if not records:
         records = hard_records(spec, list(TransformersVocabulary(tokenizer).specials)[:20])
@@ -168,9 +161,7 @@ def check_export(
     `check_ids`. Then the scores after each record's own reasoning, or a fixed one, against
     transformers in float32; where memory is too small for that, the log says so. A difference above
     the type's bound is a warning. Returns the figures by type.
-
-    Raises:
-        RuntimeError: ids differ; says where.
+    Raises RuntimeError: ids differ; says where.
     """
     taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
     needed, free = 4 * weights + SPARE_BYTES, _free_memory()

@@ -1,5 +1,6 @@
 """The end of a run: its judges judge the held-out items, and what they are worth is kept."""
 
+import math
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -87,4 +88,5 @@ def _readings(judged: Sequence[Judgement], scale: ScoreScale) -> dict[str, list[
 
 
 def _evaluate(held_out: Sequence[Record], scores: Sequence[float | None]) -> dict[str, Any]:
-    return evaluate(scores, [record.score for record in held_out[: len(scores)]])
+    golds = [math.nan if record.score is None else record.score for record in held_out]
+    return evaluate(scores, golds[: len(scores)])

@@ -7,6 +7,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tract_lite.data.jsonl import read_json, read_rows
 from tract_lite.metrics import WITH_INTERVAL, format_table
@@ -97,8 +98,8 @@ def _rounded(value: Any) -> Any:
 def _draw(logs: Mapping[str, Sequence[Mapping[str, float]]], pairs: Sequence[tuple[float, float]]) -> Figure:
     """Both loss terms on the left, scores against gold on the right, or what there is of them."""
     columns = bool(logs) + bool(pairs)
-    figure = Figure(figsize=(5.2 * columns, 4.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03)
+    figure = Figure(figsize=(5.2 * columns, 4.8), layout=layout)
     grid = figure.add_gridspec(2, columns)
     if logs:
         upper = figure.add_subplot(grid[0, 0])
@@ -129,7 +130,7 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
                 ax.plot(*zip(*checks), color=colour, linewidth=1.2, linestyle="--", marker="o", markersize=4)
                 title = f"{TERMS[term]} (dashed: validation)"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
-        highest = max((max(line.get_ydata()) for line in ax.lines), default=0)
+        highest = max((float(np.max(line.get_ydata())) for line in ax.lines), default=0.0)
         ax.set_ylim(0, 1.1 * highest or 1)
         _tidy(ax)
     axes[1].set_xlim(left=0)

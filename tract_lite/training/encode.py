@@ -3,8 +3,6 @@
 A sequence is ids(prompt) + ids(reasoning) + marker + label + end token, as a judge meets it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Iterator, Sequence
@@ -38,10 +36,8 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
     """The training sequence of a record with a gold score and a reasoning.
 
     A score between two labels keeps its value as the target; the label token is the nearest one.
-
-    Raises:
-        Unusable: no score on the scale, no reasoning or one with the marker inside, nothing to make
-            a prompt of, or too many tokens.
+    Raises Unusable: no score on the scale, no reasoning or one with the marker inside, nothing to
+        make a prompt of, or too many tokens.
     """
     if record.score is None:
         raise Unusable("no gold score")
@@ -83,8 +79,7 @@ def encode_training(
 ) -> tuple[list[Example], Counter[str]]:
     """As `encode_records`, where there must be an example.
 
-    Raises:
-        ValueError: no record can be trained on.
+    Raises ValueError: no record can be trained on.
     """
     examples, dropped = encode_records(records, spec, vocabulary)
     if not examples:

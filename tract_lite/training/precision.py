@@ -1,7 +1,5 @@
 """The type to compute in, by what the hardware can do."""
 
-from __future__ import annotations
-
 import torch
 
 from tract_lite.training.settings import PRECISIONS
@@ -14,10 +12,8 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     """The type to compute in on this machine, and the reason for it.
 
     `asked`: "float32", "bfloat16" or "float16"; None leaves it to the hardware.
-
-    Raises:
-        RuntimeError: the installed torch has no kernels for this card.
-        ValueError: another type is asked for, or float16 without a GPU.
+    Raises RuntimeError: the installed torch has no kernels for this card.
+    Raises ValueError: another type is asked for, or float16 without a GPU.
     """
     if asked not in (None, *PRECISIONS):
         raise ValueError(f"the precision must be one of {', '.join(PRECISIONS)}, got {asked!r}")

@@ -4,8 +4,6 @@ A training framework may hand out other tensors than it is asked for, or train n
 still looks fine.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Sequence
 
@@ -37,8 +35,7 @@ def preflight(
 ) -> None:
     """Check loss, gradients and labels on the shortest sequences; changes no weight.
 
-    Raises:
-        RuntimeError: the first fault found, in words.
+    Raises RuntimeError: the first fault found, in words.
     """
     shortest = sorted(examples, key=lambda example: len(example.ids))[:SEQUENCES]
     check_labels(shortest, spec, vocabulary)

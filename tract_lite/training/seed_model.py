@@ -4,8 +4,6 @@ Only this module knows the backends: Unsloth where CUDA is there, else transform
 bitsandbytes. A model that Unsloth has loaded carries a mark.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import logging
@@ -38,10 +36,9 @@ def load_seed(
 
     `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
     `precision`: as in `pick_dtype`.
-
-    Raises:
-        RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without CUDA.
-        ValueError: an unknown backend or precision.
+    Raises RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without
+        CUDA.
+    Raises ValueError: an unknown backend or precision.
     """
     dtype, reason = pick_dtype(precision)
     logger.info("precision: %s", reason)
@@ -71,8 +68,7 @@ def open_seed_model(
 ) -> tuple[Any, Any, JudgeSpec]:
     """A seed model, its tokenizer, and the spec by which it is asked; see `SeedOptions`.
 
-    Raises:
-        ValueError: the scale does not fit the model's vocabulary; else as `load_seed`.
+    Raises ValueError: the scale does not fit the model's vocabulary; else as `load_seed`.
     """
     free_memory()
     model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
@@ -208,8 +204,7 @@ def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
 def lm_head_weight(model: Any) -> torch.Tensor:
     """The vocabulary projection (V, H).
 
-    Raises:
-        ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
+    Raises ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -1,7 +1,5 @@
 """Settings of one training stage; the defaults are TRACT's where the paper has them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -43,9 +41,7 @@ class TrainSettings:
     that a process computes at once. `max_steps` ends a stage before its epochs do. `optimizer`: a
     name of transformers, such as "paged_adamw_8bit". `max_grad_norm` 0 clips nothing. Every
     `save_every` steps, and at the end, a checkpoint is written and validation records are scored.
-
-    Raises:
-        ValueError: `batch_size` is no multiple of `micro_batch_size`.
+    Raises ValueError: `batch_size` is no multiple of `micro_batch_size`.
     """
 
     epochs: float = 2.0
@@ -69,8 +65,7 @@ class TrainSettings:
     def accumulation(self, processes: int) -> int:
         """Micro-batches of one optimiser step in each process.
 
-        Raises:
-            ValueError: `batch_size` can't be split so.
+        Raises ValueError: `batch_size` can't be split so.
         """
         at_once = self.micro_batch_size * processes
         if self.batch_size % at_once:

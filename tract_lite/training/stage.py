@@ -1,7 +1,5 @@
 """One stage of CoT-RAFT training, from records to an adapter; the method calls it twice."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,10 +45,8 @@ def train_adapter(
     `seed_model`: a folder or a hub id. `settings` and `validation` as for `train_stage`, which
     leaves its files in `out`. A stage that is there is not trained again, and one that was stopped
     goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
-
-    Raises:
-        ValueError: no usable record, or `out` holds a stage of other records or settings.
-        RuntimeError: the preflight found a fault, or the GPU's memory is too small.
+    Raises ValueError: no usable record, or `out` holds a stage of other records or settings.
+    Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
 
     Source: TRACT, section 3 (both stages).
     """
@@ -98,10 +94,8 @@ def train_stage(
     newest complete checkpoint in `out_dir`. Writes the adapter and its spec to `out_dir/adapter`
     and, last, `out_dir/stage.json`, which is returned: counts of examples and of dropped records
     by reason, settings, the step that is kept, log.
-
-    Raises:
-        ValueError: no record can be trained on, or the batch can't be split over the processes.
-        RuntimeError: the preflight found a fault, or the GPU's memory is too small.
+    Raises ValueError: no record can be trained on, or the batch can't be split over the processes.
+    Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
     """
     out_dir = Path(out_dir)
     vocabulary = TransformersVocabulary(tokenizer)

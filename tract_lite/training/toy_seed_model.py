@@ -1,8 +1,6 @@
 """A toy seed model for machines without a GPU: a small Llama with a sentencepiece vocabulary,
 trained from scratch on the text of the records it is to judge."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -43,9 +41,7 @@ def make_toy_seed_model(
     """The folder of a toy seed model that has learnt to answer `records`; trained at first use.
 
     `vocabulary_size` in tokens; `steps` of training; `fields` are further ones of the spec.
-
-    Raises:
-        ValueError: no record can be trained on.
+    Raises ValueError: no record can be trained on.
     """
     source = Path(__file__).read_text(encoding="utf-8")
     chosen = {name: fields.get(name) for name in ("template", "marker", "max_length")}
@@ -121,10 +117,9 @@ def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, ste
         inputs = collate(batch, pad_id=0)
         # Right padding is behind all real tokens, so the causal mask is enough.
         hidden = model.model(inputs["input_ids"]).last_hidden_state
-        supervised = [inputs[name] for name in ("labels", "score_positions")]
-        loss = cot_raft_loss(
-            hidden, model.lm_head.weight, *supervised, ids, values, inputs["targets"], raft_weight=0.0
-        ).loss
+        labels, places, targets = (inputs[name] for name in ("labels", "score_positions", "targets"))
+        head = model.lm_head.weight
+        loss = cot_raft_loss(hidden, head, labels, places, ids, values, targets, raft_weight=0.0).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

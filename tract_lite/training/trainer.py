@@ -1,7 +1,5 @@
 """transformers' Trainer with the CoT-RAFT loss, scaled by the counts of the optimiser step."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
