@@ -20,12 +20,12 @@ $(STAMP): $(wildcard requirements*.txt) constraints-cpu.txt pyproject.toml
 	.venv/bin/python -c "from tract_lite.export.converter import llama_cpp_source; llama_cpp_source()"
 	touch $(STAMP)
 
-# An answer in a minute: style, types, and all tests that train nothing.
+# An answer in a minute: style, types, and all tests that neither train nor export.
 check: install
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	$(PYTEST) -m "not training and not long"
+	$(PYTEST) -m "not training and not export and not long"
 
 test: install
 	$(PYTEST) -m "not long"

@@ -19,6 +19,8 @@ from tract_lite.judge import Judge
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 
+pytestmark = pytest.mark.export
+
 NAMES = ("adapter", "other")
 
 

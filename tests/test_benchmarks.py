@@ -22,6 +22,8 @@ from tiny import make_plain_judge
 from tract_lite.engines.llama_cpp import has_amx, read_spec
 from tract_lite.training.seed_model import load_seed
 
+pytestmark = pytest.mark.export
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 # A whole script; what it calls is tested on its own besides.

@@ -31,6 +31,8 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
 from tract_lite.vocabulary import TransformersVocabulary
 
+pytestmark = pytest.mark.export
+
 ROOT = Path(__file__).parents[1]
 ROWS = [{"response": text, "criteria": "Is it clear?", "score": n % 5 + 1} for n, text in enumerate(make_sentences(6))]
 

@@ -22,6 +22,8 @@ from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
+pytestmark = pytest.mark.export
+
 # Of each architecture, a vocabulary of its kind.
 MADE = {"mistral": make_phi_spm, "gemma2": make_gemma_spm, "phi3": make_phi_spm}
 TRAINED = {

@@ -23,6 +23,8 @@ from tract_lite.export.converter import llama_cpp_source
 from tract_lite.export.gguf import export_gguf
 from tract_lite.spec import JudgeSpec
 
+pytestmark = pytest.mark.export
+
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -21,6 +21,8 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import DEFAULT_TEMPLATE, MARKER, JudgeSpec, Sampling, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, clean_text
 
+pytestmark = pytest.mark.export
+
 ROOT = Path(__file__).parents[1]
 CONTEXT = 700
 # Of each family of vocabularies one: a model of each is made and exported.

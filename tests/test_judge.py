@@ -10,6 +10,7 @@ import pytest
 from tiny import WritingEngine, load_tokenizer, make_family, make_sentences, make_spm
 
 from tract_lite.data.jsonl import read_json, read_rows
+from tract_lite.data.resume import MOST_WAITING
 from tract_lite.engines.task import Sample
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
@@ -222,6 +223,23 @@ def test_nothing_is_kept_of_an_item_that_is_done(text):
         gc.collect()
         assert sum(name() is not None for name in names) < 20
     assert len(names) == 500
+
+
+@pytest.mark.parametrize("text", ["fine", "LONG", None])
+def test_answers_do_not_wait_for_the_faulty_records_after_them(text):
+    """An engine that looks ahead passes over faulty records, for it is asked nothing there."""
+    taken = []
+
+    def records():
+        for number in range(3 * MOST_WAITING):
+            taken.append(number)
+            # One that can be judged, so that the engine has something to wait with.
+            yield Record(prompt="first" if number == 2 else text, response="x", id=str(number))
+
+    judgements = Judge(make_engine()).score_many(records())
+    assert [next(judgements).id for _ in range(3)] == ["0", "1", "2"]
+    assert len(taken) <= MOST_WAITING + 10
+    assert [judgement.id for judgement in judgements] == [str(n) for n in range(3, 3 * MOST_WAITING)]
 
 
 def test_top_log_probabilities_leave_a_bound_on_the_error():

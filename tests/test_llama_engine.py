@@ -27,6 +27,8 @@ from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
 
+pytestmark = pytest.mark.export
+
 BOS = 1
 
 

@@ -113,7 +113,7 @@ def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[
         "this run takes about",
         "| stage 2, CoT-RAIL ",
         "| judge-q8_0.gguf, CoT-RAIL ",
-        "judge-q8_0.gguf against transformers",
+        "scores differ by",
         "How do I bake a loaf?",
         "MB  runs/judge/adapter.gguf",
     ):

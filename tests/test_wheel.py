@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,11 @@ pytestmark = pytest.mark.long
 
 
 def run(*command: Any, where: Path, code: int = 0) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=where, capture_output=True, text=True)
+    # Nothing comes in from elsewhere.
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), cwd=where, env=plain, capture_output=True, text=True)
     assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    return done.stdout or done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +94,5 @@ def test_the_command_judges_a_file_from_an_empty_folder(installed: Path, quick_r
 
 def test_what_is_not_installed_is_named(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"response": "a", "score": 1, "feedback": "b"}\n')
-    done = subprocess.run(
-        [installed / "tract-lite", "train", "rows.jsonl", "-o", "stage", "--seed-model", "none", "--preset", "quick"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.endswith("pip install torch\n")
+    command = f"{installed}/tract-lite train rows.jsonl -o stage --seed-model none --preset quick"
+    assert run(*command.split(), where=tmp_path, code=2).endswith("pip install torch\n")

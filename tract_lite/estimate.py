@@ -10,7 +10,7 @@ from typing import Any, Sequence
 
 from tract_lite.judge import Judge
 from tract_lite.record import Record
-from tract_lite.training.encode import Example, encode_training
+from tract_lite.training.encode import Example, encode_records
 from tract_lite.training.seed_model import add_lora, open_seed_model
 from tract_lite.training.settings import TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer
@@ -28,17 +28,17 @@ def estimate_run(
     *,
     parallel: int,
     gradient_checkpointing: bool = True,
-    **seed: Any,
+    **options: Any,
 ) -> dict[str, float]:
     """Seconds that one `stage` on the records and the `reasonings` between the stages will take.
 
-    Trains nothing: a few passes of a new adapter are measured. `seed` says how the seed model is
+    Trains nothing: a few passes of a new adapter are measured. `options` say how the seed model is
     loaded and asked, as for `train_adapter`; `parallel` reasonings are written at once.
     Raises ValueError: no record can be trained on.
     """
-    model, tokenizer, spec = open_seed_model(**seed)
+    model, tokenizer, spec = open_seed_model(**options)
     model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
-    examples, _ = encode_training(records, spec, TransformersVocabulary(tokenizer))
+    examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer), required=True)
     with TemporaryDirectory() as folder:
         trainer = CotRaftTrainer(model, examples, spec, tokenizer, Path(folder), settings)
         stage = _stage_seconds(trainer)

@@ -99,7 +99,7 @@ class _CotRaft(torch.autograd.Function):
     """The loss over N gathered positions, one chunk of logits at a time, gradient included."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, ce_weights, raft_weights, targets, ids, values, scale):
+    def forward(ctx, hidden, weight, tokens, ce_weights, raft_weights, targets, ids, values, factor):
         dtype = ce_weights.dtype
         ce = torch.zeros((), dtype=dtype, device=hidden.device)
         raft = torch.zeros_like(ce)
@@ -126,7 +126,7 @@ class _CotRaft(torch.autograd.Function):
                 raft += (raft_weight * error.square()).sum()
                 expected[chunk] = y
                 if any(ctx.needs_input_grad):
-                    pull = 2 * scale * raft_weight * error
+                    pull = 2 * factor * raft_weight * error
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
                     grad[:, ids] = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
                     grad.scatter_add_(1, token, -ce_weight[:, None])
@@ -139,11 +139,11 @@ class _CotRaft(torch.autograd.Function):
                 del logits, probabilities
         ctx.grads, ctx.types = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(ce, raft, expected)
-        return ce + scale * raft, ce, raft, expected
+        return ce + factor * raft, ce, raft, expected
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        # The scale of a gradient scaler is applied before the cast, so float16 does not underflow.
+        # The factor of a gradient scaler is applied before the cast, so float16 does not underflow.
         grads = [None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.types)]
         return *grads, None, None, None, None, None, None, None
 

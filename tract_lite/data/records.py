@@ -65,7 +65,7 @@ def records_from(
 
 
 def _plain(value: Any) -> Any:
-    """A row or a cell without the types of numpy and pandas; None for a missing cell of any kind."""
+    """A row or a cell without the types of numpy and pandas, None for one that is missing."""
     if isinstance(value, Mapping):
         return {name: _plain(cell) for name, cell in value.items()}
     if type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and math.isnan(value):

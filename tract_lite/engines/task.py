@@ -7,6 +7,7 @@ from typing import Any, Iterable, Iterator, Protocol, Self, Sequence
 
 import numpy as np
 
+from tract_lite.data.resume import MOST_WAITING
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
@@ -107,6 +108,8 @@ def _answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Iter
         for place, task in enumerate(asked):
             if isinstance(task, Exception):
                 ready[place] = task
+                if len(ready) >= MOST_WAITING:
+                    return
             else:
                 places[next(numbers)] = place
                 yield task

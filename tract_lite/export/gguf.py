@@ -104,7 +104,7 @@ def export_adapter(
     _check_folder(seed_dir)
     tokenizer = _tokenizer(seed_dir, spec) if check else None
     with work_folder(out, 4 * changes.size) as folder:
-        base, adapter, part = folder / "seed", folder / "adapter", folder / "adapter.gguf"
+        base, adapter, part = folder / "seed", folder / "adapter", folder / "part.gguf"
         base.mkdir()
         copy_other_files(seed_dir, base)
         changes.save_for_llama_cpp(adapter)

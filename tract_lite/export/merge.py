@@ -36,7 +36,7 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     Tokenizer files and the judge's spec are copied as they are. Memory holds one tensor at a time;
     files have 256 MB or one tensor. An older merge in `out_dir` is replaced, at once and by a whole
     one alone.
-    Raises ValueError: the adapter belongs to another seed, has no spec or is of a kind that can't
+    Raises ValueError: the adapter is of another seed model, has no spec or is of a kind that can't
         be merged, or `out_dir` holds something else.
     Raises RuntimeError: the disk has no room.
     """

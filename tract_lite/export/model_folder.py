@@ -1,4 +1,4 @@
-"""Folders of models: those of the seed, of a merged judge, and of work that is not finished."""
+"""Folders of models: of seed models, of merged judges, and of work that is not finished."""
 
 import json
 import re

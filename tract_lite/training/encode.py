@@ -61,9 +61,12 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
 
 
 def encode_records(
-    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary
+    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary, *, required: bool = False
 ) -> tuple[list[Example], Counter[str]]:
-    """The examples of all usable records, and how many were dropped for each reason."""
+    """The examples of all usable records, and how many were dropped for each reason.
+
+    Raises ValueError: no record can be trained on, and one is `required`.
+    """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for record in records:
@@ -71,18 +74,7 @@ def encode_records(
             examples.append(encode_record(record, spec, vocabulary))
         except Unusable as reason:
             dropped[str(reason)] += 1
-    return examples, dropped
-
-
-def encode_training(
-    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary
-) -> tuple[list[Example], Counter[str]]:
-    """As `encode_records`, where there must be an example.
-
-    Raises ValueError: no record can be trained on.
-    """
-    examples, dropped = encode_records(records, spec, vocabulary)
-    if not examples:
+    if required and not examples:
         raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
     return examples, dropped
 

@@ -23,7 +23,7 @@ SEQUENCES = 2
 # How far the loss may be from the plain one, relative to it: 16-bit logits are rounded.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # Keeps small gradients above the least float16, as the scaler does in training.
-LOSS_SCALE = 1024.0
+LOSS_FACTOR = 1024.0
 BACKEND_ADVICE = (
     "this version of the training backend does not compute what it is asked for; "
     "load_seed(..., backend='transformers') does"
@@ -111,7 +111,7 @@ def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> 
     matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and weight.requires_grad}
     if not matrices:
         raise RuntimeError("preflight: the model has no LoRA adapter to train: call add_lora first")
-    (trainer.loss_of(model, batch).loss * LOSS_SCALE).backward()
+    (trainer.loss_of(model, batch).loss * LOSS_FACTOR).backward()
     gradients = {name: matrix.grad for name, matrix in matrices.items()}
     faulty = [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()]
     model.zero_grad()

@@ -72,7 +72,7 @@ def open_seed_model(
     """
     free_memory()
     model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
-    # Unsloth may have loaded its own 4-bit copy of the seed; that is the adapter's base.
+    # Unsloth may have loaded its own 4-bit copy of the model; that is the adapter's base.
     fields["base_model"] = model.config._name_or_path
     fields["method"] = {"load_in_4bit": load_in_4bit, "precision": str(compute_dtype(model)).removeprefix("torch.")}
     return model, tokenizer, make_spec(tokenizer, scale, max_length=max_length, **fields)
@@ -170,7 +170,7 @@ def for_training(model: Any) -> None:
 
 
 def load_adapter(model: Any, adapter: str | Path) -> Any:
-    """The seed with a trained adapter on it, for judging."""
+    """The seed model with a trained adapter on it, for judging."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(adapter)).eval()

@@ -69,8 +69,8 @@ class TrainSettings:
         """
         at_once = self.micro_batch_size * processes
         if self.batch_size % at_once:
-            divisor = f"micro_batch_size ({self.micro_batch_size})" + f" x {processes} processes" * (processes > 1)
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of {divisor}")
+            size, times = self.micro_batch_size, f" x {processes} processes" if processes > 1 else ""
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({size}){times}")
         return self.batch_size // at_once
 
     def steps(self, examples: int) -> int:

@@ -16,7 +16,7 @@ from tract_lite.data.resume import claim
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.encode import Example, encode_records, encode_training
+from tract_lite.training.encode import Example, encode_records
 from tract_lite.training.preflight import preflight
 from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
 from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SeedOptions, TrainSettings
@@ -99,7 +99,7 @@ def train_stage(
     """
     out_dir = Path(out_dir)
     vocabulary = TransformersVocabulary(tokenizer)
-    examples, dropped = encode_training(records, spec, vocabulary)
+    examples, dropped = encode_records(records, spec, vocabulary, required=True)
     validated, unscored = encode_records(validation, spec, vocabulary)
     _warn(dropped, len(records), "records")
     _warn(unscored, len(validation), "validation records")

@@ -22,7 +22,7 @@ from tract_lite.prompt import render
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import DEFAULT_TEMPLATE, JudgeSpec, make_spec
-from tract_lite.training.encode import Example, collate, encode_training
+from tract_lite.training.encode import Example, collate, encode_records
 from tract_lite.vocabulary import TransformersVocabulary
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, ste
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    examples, _ = encode_training(records, spec, TransformersVocabulary(tokenizer))
+    examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer), required=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, step / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -155,7 +155,7 @@ def _arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    # Several GPUs and no launcher: Trainer would multiply the batch, and spread 16-bit seeds.
+    # Several GPUs and no launcher: Trainer would multiply the batch, and spread the model.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
