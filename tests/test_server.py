@@ -1,5 +1,6 @@
 import ctypes
 import itertools
+import logging
 import math
 import shutil
 import threading
