@@ -104,13 +104,8 @@ def _make_item(draw: random.Random, name: str) -> Item:
     # The expert starts at any tip and goes round.
     start = draw.randrange(TIPS)
     told = verdicts[start:] + verdicts[:start]
-    record = Record(
-        instruction=instruction,
-        response=" ".join(tips),
-        rubric=RUBRIC,
-        score=float(1 + sum(verdict in ("sound", "counts") for _, verdict in verdicts)),
-        feedback=" ".join(SPOKEN[verdict].format(n) for n, verdict in told),
-        id=name,
-    )
+    score = float(1 + sum(verdict in ("sound", "counts") for _, verdict in verdicts))
+    feedback = " ".join(SPOKEN[verdict].format(n) for n, verdict in told)
+    record = Record(instruction, " ".join(tips), RUBRIC, score=score, feedback=feedback, id=name)
     mean = 1 + states.count("sound") + CHANCE * states.count("vague")
     return Item(record, mean, states)

@@ -54,7 +54,6 @@ def install(file: Path) -> None:
 
 def describe_hardware() -> str:
     """The precision that this machine computes in, and why.
-
     Raises RuntimeError: the installed torch has no kernels for the card.
     """
     sys.path.insert(0, str(ROOT))
@@ -64,16 +63,9 @@ def describe_hardware() -> str:
     return f"computes in {str(dtype).removeprefix('torch.')}: {reason}"
 
 
-def has_gpu() -> bool:
-    if not installed("torch"):
-        return shutil.which("nvidia-smi") is not None
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main() -> None:
-    file = ROOT / ("requirements-gpu.txt" if has_gpu() else "requirements.txt")
+    has_gpu = shutil.which("nvidia-smi") is not None
+    file = ROOT / ("requirements-gpu.txt" if has_gpu else "requirements.txt")
     requirements = read_requirements(file)
     try:
         check_torch(requirements)

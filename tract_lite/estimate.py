@@ -10,7 +10,7 @@ from typing import Any, Sequence
 
 from tract_lite.judge import Judge
 from tract_lite.record import Record
-from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.encode import encode_records
 from tract_lite.training.seed_model import add_lora, open_seed_model
 from tract_lite.training.settings import TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer
@@ -18,8 +18,7 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 logger = logging.getLogger(__name__)
 
-MEASURED_BATCHES = 3
-MEASURED_TOKENS = 16
+MEASURED_BATCHES, MEASURED_TOKENS = 3, 16
 
 
 def estimate_run(
@@ -47,27 +46,19 @@ def estimate_run(
         sampling = replace(spec.sampling, max_new_tokens=new_tokens)
         judge = Judge.from_model(model, tokenizer, replace(spec, sampling=sampling), parallel)
         start = time.perf_counter()
-        for _ in judge.score_many(records[:parallel]):
-            pass
+        list(judge.score_many(records[:parallel]))
         return time.perf_counter() - start
 
     batch_seconds(1)  # warms up
     prompt = batch_seconds(1)
     token = max(0.0, batch_seconds(1 + MEASURED_TOKENS) - prompt) / MEASURED_TOKENS
     batches = -(-len(records) // parallel)
-    reasonings = batches * (prompt + token * fmean(map(_reasoning_length, examples)))
-    logger.info(
-        "this run takes about %.1f minutes: %.1f for each stage, %.1f for the reasonings between "
-        "them; export and evaluation come on top",
-        (2 * stage + reasonings) / 60,
-        stage / 60,
-        reasonings / 60,
-    )
+    length = fmean(len(example.ids) - example.prompt_length for example in examples)
+    reasonings = batches * (prompt + token * length)
+    parts = "%.1f for each stage, %.1f for the reasonings between them; export and evaluation come on top"
+    minutes = [seconds / 60 for seconds in (2 * stage + reasonings, stage, reasonings)]
+    logger.info(f"this run takes about %.1f minutes: {parts}", *minutes)
     return {"stage": stage, "reasonings": reasonings}
-
-
-def _reasoning_length(example: Example) -> int:
-    return len(example.ids) - example.prompt_length
 
 
 def _stage_seconds(trainer: CotRaftTrainer) -> float:

@@ -22,16 +22,14 @@ from tract_lite.training.settings import ADAPTER, SeedOptions
 
 logger = logging.getLogger(__name__)
 
-LOW_MASS_WARNING = (
-    "%d of %d judgements have less than %g of the probability on the labels: their scores are pulled down"
-)
+WARNING = "%d of %d judgements have less than %g of the probability on the labels: their scores are pulled down"
+
+AnyPath = str | Path
+Reasonings = Sequence[Sequence[Sequence[int]]]
 
 
 class Judge:
-    """Scores records with CoT-RAIL.
-
-    Source: TRACT, section 3 (CoT-RAIL).
-    """
+    """Scores records with CoT-RAIL. Source: TRACT, section 3."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -39,24 +37,20 @@ class Judge:
 
     @classmethod
     def from_gguf(
-        cls, path: str | Path, spec: SpecSource | None = None, *, adapter: str | Path | None = None, **options: Any
+        cls, path: AnyPath, spec: SpecSource | None = None, *, adapter: AnyPath | None = None, **options: Any
     ) -> "Judge":
         """A judge from a GGUF file, run by llama.cpp; `options` are those of `LlamaEngine`.
 
-        With `adapter` (what `export_adapter` has written), the file is the adapter's seed model,
-        which serves many judges: `use_adapter` goes on to the next one.
-        Raises ValueError: not a GGUF file, one without a judge spec and none is given, or an
-            adapter of another seed model.
+        With `adapter` (by `export_adapter`), the file is its seed model: see `use_adapter`.
+        Raises ValueError: not a GGUF file, no judge spec, or an adapter of another seed model.
         """
         from tract_lite.engines.llama import LlamaEngine
 
         return cls(LlamaEngine(path, spec, adapter=adapter, **options))
 
-    def use_adapter(self, path: str | Path, spec: SpecSource | None = None) -> None:
+    def use_adapter(self, path: AnyPath, spec: SpecSource | None = None) -> None:
         """Become the judge of another adapter on the same GGUF file, which stays loaded.
-
-        Raises ValueError: not an adapter on this base, one without a judge spec, or not a GGUF
-            judge.
+        Raises ValueError: not a GGUF judge, no adapter on this base, or one without a judge spec.
         """
         if not hasattr(self.engine, "use_adapter"):
             raise ValueError("only a judge from a GGUF file can change its adapter")
@@ -67,8 +61,7 @@ class Judge:
     def from_server(cls, url: str, model: str | None = None, spec: SpecSource | None = None, **options: Any) -> "Judge":
         """A judge that llama-server or vLLM runs at `url`; `model` is its name there.
 
-        `spec`, or the path of one, of the judge's folder or of its GGUF, is needed where the server
-        runs on another machine. `options` are those of `ServerEngine`: `parallel` (samples in
+        `spec` is needed where the server runs on another machine. `options`: `parallel` (samples in
         flight), `timeout` (seconds), `retries`, `api_key`, `vocabulary`.
         Raises ValueError: no spec, no such model, or the spec of another judge.
         Raises RuntimeError: nothing answers there, or it is neither llama-server nor vLLM.
@@ -78,29 +71,23 @@ class Judge:
         return cls(ServerEngine(url, model, spec, **options))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, spec: JudgeSpec | None = None, parallel: int = 16) -> "Judge":
+    def from_pretrained(cls, folder: AnyPath, spec: JudgeSpec | None = None, parallel: int = 16) -> "Judge":
         """A judge from a merged model folder, run by transformers in this machine's precision."""
         from tract_lite.training.seed_model import load_seed
 
         spec = spec or JudgeSpec.load(folder)
         model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers")
-        weights = sorted(Path(folder).glob("*.safetensors"))
-        identity = {"fingerprint": [fingerprint(file) for file in weights]}
+        identity = {"fingerprint": [fingerprint(file) for file in sorted(Path(folder).glob("*.safetensors"))]}
         return cls.from_model(model, tokenizer, spec, parallel, identity)
 
     @classmethod
     def from_adapter(
-        cls,
-        folder: str | Path,
-        *,
-        seed_model: str | Path | None = None,
-        precision: str | None = None,
-        parallel: int = 16,
+        cls, folder: AnyPath, *, seed_model: AnyPath | None = None, precision: str | None = None, parallel: int = 16
     ) -> "Judge":
         """A judge from the folder of a trained adapter, on its seed model as it was trained.
 
-        `folder` is what `train_adapter` returns, or its stage's folder. `seed_model`: where the
-        seed model is now, if it is not where the training had it.
+        `folder` is what `train_adapter` returns, or its stage's folder; `seed_model` is where the
+        seed model is now, if not where the training had it.
         Raises ValueError: no adapter there, or one without a judge spec.
         """
         from tract_lite.training.seed_model import free_memory, load_adapter, load_seed
@@ -109,18 +96,16 @@ class Judge:
         folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
         spec = JudgeSpec.load(folder)
         free_memory()
-        model, tokenizer = load_seed(
-            seed_model or spec.base_model, spec.method.get("load_in_4bit", True), spec.max_length, precision=precision
-        )
+        in_4bit = spec.method.get("load_in_4bit", True)
+        model, tokenizer = load_seed(seed_model or spec.base_model, in_4bit, spec.max_length, precision=precision)
         identity = {"adapter": fingerprint(folder / "adapter_model.safetensors")}
         return cls.from_model(load_adapter(model, folder), tokenizer, spec, parallel, identity)
 
     @classmethod
     def from_seed(
-        cls, seed_model: str | Path, scale: ScoreScale, *, parallel: int = 16, **options: Unpack[SeedOptions]
+        cls, seed_model: AnyPath, scale: ScoreScale, *, parallel: int = 16, **options: Unpack[SeedOptions]
     ) -> "Judge":
         """The seed model as a judge before any training, loaded as for training.
-
         Raises ValueError: no such model, or the scale does not fit its vocabulary.
         """
         from tract_lite.training.seed_model import open_seed_model
@@ -141,10 +126,7 @@ class Judge:
         return cls(TransformersEngine(model, tokenizer, spec, parallel, identity))
 
     def score(self, record: Record, n_cot: int = 1, seed: int = 0) -> Judgement:
-        """Judge one record.
-
-        Raises ValueError: the record can't be judged.
-        """
+        """Judge one record. Raises ValueError: it can't be judged."""
         judgement = next(self.score_many([record], n_cot, seed))
         if judgement.error:
             raise ValueError(judgement.error)
@@ -156,20 +138,18 @@ class Judge:
         n_cot: int = 1,
         seed: int = 0,
         *,
-        reasonings: Sequence[Sequence[Sequence[int]]] | None = None,
-        resume: str | Path | ResumableRows | None = None,
+        reasonings: Reasonings | None = None,
+        resume: AnyPath | ResumableRows | None = None,
     ) -> Iterator[Judgement]:
         """Judge records as they come, one judgement each, in input order.
 
-        A record that can't be judged, with all its reasonings, gives a judgement with `error`. With
-        `reasonings` (for each record, the ids of its reasonings) nothing is sampled: their scores
-        are read. What is held in memory does not grow with the input. An error of `records` is
-        raised after the judgements of all records before it, one of the engine at once.
+        A record that can't be judged gives a judgement with `error`. With `reasonings` (for each
+        record, the ids of its reasonings) nothing is sampled: their scores are read. An error of
+        `records` is raised after the judgements before it, one of the engine at once.
 
         `resume` names a JSONL file: judgements are added to it as they come, and records that have
         theirs there are not judged again, unless they failed.
-        Raises ValueError: `resume` holds something else, or was judged by another judge or
-            otherwise.
+        Raises ValueError: `resume` holds something else, or rows of another judge or settings.
         """
         if resume is None:
             return self._judged(records, n_cot, seed, reasonings)
@@ -196,11 +176,7 @@ class Judge:
         self.close()
 
     def _judged(
-        self,
-        records: Iterable[Record],
-        n_cot: int,
-        seed: int,
-        reasonings: Sequence[Sequence[Sequence[int]]] | None = None,
+        self, records: Iterable[Record], n_cot: int, seed: int, reasonings: Reasonings | None = None
     ) -> Iterator[Judgement]:
         names: deque[str | None] = deque()
         broken: list[Exception] = []
@@ -209,8 +185,7 @@ class Judge:
             try:
                 for place, record in enumerate(records):
                     names.append(getattr(record, "id", None))
-                    given = None if reasonings is None else reasonings[place]
-                    yield self._task(record, n_cot, seed, given)
+                    yield self._task(record, n_cot, seed, None if reasonings is None else reasonings[place])
             except Exception as error:
                 broken.append(error)
 
@@ -223,7 +198,7 @@ class Judge:
                 yield judgement
         finally:
             if low:
-                logger.warning(LOW_MASS_WARNING, low, count, LOW_MASS)
+                logger.warning(WARNING, low, count, LOW_MASS)
         if broken:
             raise broken[0]
 
@@ -235,11 +210,9 @@ class Judge:
             count = n_cot if given is None else len(given)
             if count < 1:
                 raise ValueError("no reasoning is asked for")
-            source = f"{record.id}/{record.key}"
-            seeds = [sample_seed(seed, source, number) for number in range(count)]
+            seeds = [sample_seed(seed, f"{record.id}/{record.key}", number) for number in range(count)]
             return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
-        # Whatever one record makes fail: the others can be judged.
-        except Exception as error:
+        except Exception as error:  # whatever one record makes fail: the others can be judged
             return error
 
     def _judgement(self, name: str | None, answer: list[Sample] | Exception) -> Judgement:

@@ -27,8 +27,7 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
 
     The rows stand in a JSONL file, appended as they come. `x.csv` or `x.parquet` is a table made
     from the rows in `x.jsonl`; `x.run.json` says how they were judged.
-    Raises ValueError: the output is of another kind, or holds something else.
-    Raises RuntimeError: not one item could be judged.
+    Raises ValueError: the output holds something else. Raises RuntimeError: nothing was judged.
     """
     _check(model, options)
     rows = ResumableRows(_rows_file(output, source))
@@ -45,17 +44,12 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     if len(failures) == len(records):
         raise RuntimeError(f"none of the {len(records)} items could be judged; the first: {failures[0]}")
     first = f"; the first failure: {failures[0]}" if failures else ""
-    return (
-        f"{output}: {missing} judged, {len(failures)} of them failed, "
-        f"{len(records) - missing} were there already{first}"
-    )
+    there = len(records) - missing
+    return f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already{first}"
 
 
 def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tuple[Record, Judgement]:
-    """The item with an id, or the first where that is empty, and its judgement.
-
-    Raises ValueError: there is no such item.
-    """
+    """The item of an id, or the first, and its judgement. Raises ValueError: no such item."""
     _check(model, options)
     records = read_records(source, options.format, skip_bad=options.skip_bad)
     record = next((record for record in records if name in ("", record.id)), None)
@@ -68,35 +62,28 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
 
 
 def _rows_file(output: Path, source: str) -> Path:
-    """The JSONL file of an output, after what can be told before anything is judged.
-
+    """The JSONL file of an output.
     Raises ValueError: the output is of another kind, is the input, or is somebody's table.
     Raises FileNotFoundError: no such folder.
     """
+    rows_file = output
     if output.suffix.lower() != ".jsonl":
         check_table(output)
+        rows_file = output.with_suffix(".jsonl")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent}")
-    rows_file = output if output.suffix.lower() == ".jsonl" else output.with_suffix(".jsonl")
     for file in (output, rows_file, output.with_suffix(".run.json")):
         if file.exists() and Path(source).exists() and file.samefile(source):
             raise ValueError(f"{file} is the input: choose another output than {output}")
     if output.exists() and not rows_file.exists():
-        raise ValueError(
-            f"{output} is there without {rows_file}, which it would be made from: move it away, or "
-            "choose another output"
-        )
+        raise ValueError(f"{output} is there without {rows_file}, its rows: move it away, or choose another output")
     return rows_file
 
 
 def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterator[Judgement]:
     """A bar for those that are judged now; what is logged meanwhile stands above it."""
-    with (
-        logging_redirect_tqdm(),
-        tqdm(
-            total=count, initial=done, desc="judging", unit="item", smoothing=0, disable=sys.stderr is None
-        ) as progress,
-    ):
+    bar = tqdm(desc="judging", total=count, initial=done, unit="item", smoothing=0, disable=sys.stderr is None)
+    with logging_redirect_tqdm(), bar as progress:
         for number, judgement in enumerate(judged):
             progress.update(number >= done)
             yield judgement
@@ -119,11 +106,8 @@ def _check(model: str, options: JudgeOptions) -> None:
 
 def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
     group = "server" if _is_server(model) else "file"
-    chosen = {
-        item.name: getattr(options, item.name)
-        for item in fields(options)
-        if item.metadata["group"] == group or item.name == "parallel"
-    } | changed
+    names = [item.name for item in fields(options) if item.metadata["group"] == group or item.name == "parallel"]
+    chosen = {name: getattr(options, name) for name in names} | changed
     given = {name: value for name, value in chosen.items() if value is not None}
     if _is_server(model):
         name = given.pop("server_model", None)

@@ -27,14 +27,13 @@ class Judgement:
     """What a judge says of one record. A failed item has `error` and no score (NaN).
 
     `score` is the CoT-RAIL expectation: the mean of `scores`, one for each reasoning in `feedback`
-    (`feedback_ids`: its tokens). `probabilities` are those of the labels, averaged over the
-    reasonings, and `values` what the labels stand for; `mass` is the sum of the probabilities:
-    what is missing from 1 lies on tokens that are no score. `mode` is the value of the most likely
-    label. `truncated`: a reasoning was stopped by the length limit.
+    (`feedback_ids`: its tokens). `probabilities` are those of the labels (worth `values`), averaged
+    over the reasonings; `mass` is their sum: what is missing from 1 lies on tokens that are no
+    score. `mode` is the value of the most likely label. `truncated`: the length limit stopped one.
 
-    `std` tells how sure the judge is: the standard deviation of the value of a label drawn from
-    `probabilities`, normalised to the labels. It holds the doubt after a reasoning and the
-    difference between reasonings; `spread` is the latter alone.
+    `std` tells how sure the judge is: the standard deviation of `values` under `probabilities`,
+    normalised. It holds the doubt after a reasoning and that between reasonings; `spread` is the
+    latter alone.
 
     Where only the top log-probabilities are known (servers), `missing_mass` is the probability of
     the tokens that were not seen, and the exact score lies within `error_bound` of `score`.
@@ -59,10 +58,7 @@ class Judgement:
     def from_probabilities(
         cls, name: str | None, rows: np.ndarray, values: Mapping[str, float], **fields: Any
     ) -> "Judgement":
-        """The judgement that the labels' probabilities (n_cot, K) after each reasoning make.
-
-        `values` is what each label stands for, `fields` are further ones of the judgement.
-        """
+        """The judgement of the labels' probabilities (n_cot, K); `fields` are its other fields."""
         numbers = np.array(list(values.values()))
         scores = np.asarray(expected_score(rows, numbers))
         mean = rows.mean(axis=0)
@@ -83,26 +79,20 @@ class Judgement:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of `scores` between reasonings (n - 1 in the denominator).
-
-        NaN for fewer than two. The standard error of `score` is the spread / sqrt(n).
-        """
+        """The standard deviation of `scores` (by n - 1), NaN for fewer than two."""
         return stdev(self.scores) if len(self.scores) > 1 else math.nan
 
     def probability_above(self, other: "Judgement") -> float:
         """P(A > B): the chance that this item deserves more than the other; ties count half.
 
-        The sum over labels a, b of p(a) q(b) ([a > b] + [a = b] / 2), with the values of the labels
-        compared and both distributions normalised to the labels: two judgements that look the same
-        give 0.5, and P(A > B) + P(B > A) = 1.
+        The sum over labels a, b of p(a) q(b) ([a > b] + [a = b] / 2) by their values, both
+        distributions normalised: P(A > B) + P(B > A) = 1.
         Raises ValueError: one has no score, or they are not on the same scale.
         """
         for judgement in (self, other):
             if not judgement.mass > 0:
-                raise ValueError(
-                    f"item {judgement.id!r} has no score to compare: "
-                    f"{judgement.error or 'its labels have no probability'}"
-                )
+                reason = judgement.error or "its labels have no probability"
+                raise ValueError(f"item {judgement.id!r} has no score to compare: {reason}")
         if self.values != other.values:
             raise ValueError(f"judgements on different scales can't be compared: {self.values} and {other.values}")
         value = self.values
@@ -140,9 +130,8 @@ class Judgement:
             if text := getattr(record, name):
                 yield from _section(name.capitalize(), _shorten(text), width)
         for number, (text, score) in enumerate(zip(self.feedback, self.scores), 1):
-            several = f" {number} of {len(self.scores)}, score {score:.2f}"
-            title = f"Reasoning{several if len(self.scores) > 1 else ''}"
-            yield from _section(title, text, width)
+            several = f" {number} of {len(self.scores)}, score {score:.2f}" if len(self.scores) > 1 else ""
+            yield from _section(f"Reasoning{several}", text, width)
         yield from self._bars(width)
         yield from textwrap.wrap("   ".join(self._figures(record)), width)
         for warning in self._warnings():
@@ -158,10 +147,8 @@ class Judgement:
             yield f"gold {record.score:g}"
 
     def _bars(self, width: int) -> Iterator[str]:
-        names = {
-            label: _visible(label) + ("" if label == f"{value:g}" else f" ({value:g})")
-            for label, value in self.values.items()
-        }
+        numbers = {label: f"{value:g}" for label, value in self.values.items()}
+        names = {label: _visible(label) + f" ({n})" * (label != n) for label, n in numbers.items()}
         column = max(map(len, names.values()), default=0)
         length = max(width - column - 9, 8)
         for label, probability in self.probabilities.items():
@@ -178,10 +165,8 @@ class Judgement:
         if self.mass < LOW_MASS:
             yield (f"only {self.mass:.2f} of the probability lies on the labels: the score is pulled down")
         if self.error_bound:
-            yield (
-                f"read from the top log-probabilities, which miss {self.missing_mass:.2g} of "
-                f"the probability: the score may be off by {self.error_bound:.2g}"
-            )
+            missed = f"the top log-probabilities, which miss {self.missing_mass:.2g} of the probability"
+            yield f"read from {missed}: the score may be off by {self.error_bound:.2g}"
 
 
 def _visible(text: str) -> str:
@@ -196,7 +181,6 @@ def _section(title: str, text: str, width: int) -> Iterator[str]:
     """A title with the wrapped text below it, its line breaks kept, and an empty line."""
     yield title
     for line in text.strip().splitlines() or ["(empty)"]:
-        yield from textwrap.wrap(_visible(line.expandtabs(4)), width, initial_indent="  ", subsequent_indent="  ") or [
-            ""
-        ]
+        wrapped = textwrap.wrap(_visible(line.expandtabs(4)), width - 2)
+        yield from [f"  {part}" for part in wrapped] or [""]
     yield ""

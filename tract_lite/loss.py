@@ -1,5 +1,4 @@
-"""CoT-RAFT as a pure function of hidden states: cross-entropy plus the squared error of the
-expected score, with vocabulary logits for supervised positions only.
+"""CoT-RAFT: cross-entropy plus the squared error of the expected score, from hidden states.
 
 Shapes: B sequences, T positions, H hidden size, V vocabulary, K labels, N supervised positions.
 Source: TRACT, Eq. 4.
@@ -44,22 +43,20 @@ def cot_raft_loss(
 ) -> CotRaftLoss:
     """raft_weight * mean (E[score] - target)^2 over sequences + mean cross-entropy over tokens.
 
-    Position t of `labels` holds the id of token t (the shift by one is inside), -100 where nothing
-    is learnt. The expectation is unnormalised: probabilities come from the softmax over the whole
-    vocabulary. Softmax and sums are in float32, or float64 where float64 comes in.
+    Position t of `labels` holds the id of token t, -100 where nothing is learnt. The expectation is
+    unnormalised: the softmax is over the whole vocabulary. Softmax and sums are in float32, or
+    float64 where float64 comes in.
 
     Args:
         hidden_states: (B, T, H) last hidden states, before the vocabulary projection.
         lm_head_weight: (V, H); gets a gradient only if it requires one.
         labels: (B, T) token ids.
         score_positions: (B,) index t of each row's score token, -1 where it has none.
-        score_token_ids: (K,) ids of the labels.
-        score_values: (K,) their values.
+        score_token_ids, score_values: (K,) ids of the labels, and their values.
         targets: (B,) gold scores; ignored where a row has no score.
         raft_weight: weight of the squared error (lambda in the paper).
         ce_on_score: whether the score token is in the cross-entropy, as in the paper's formula.
-        num_tokens, num_sequences: counts of the whole optimiser step, so that micro-batches add up
-            to the gradient of one large batch; by default those of this batch.
+        num_tokens, num_sequences: counts of the whole optimiser step; by default of this batch.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     has_score = score_positions > 0
@@ -153,9 +150,8 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == hidden.dtype:
         return hidden @ weight.T
     logits = hidden.new_empty(len(hidden), len(weight))
-    for start in range(0, len(weight), VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        torch.mm(hidden, weight[block].to(hidden.dtype).T, out=logits[:, block])
+    for block, out in zip(weight.split(VOCABULARY_BLOCK), logits.split(VOCABULARY_BLOCK, dim=1)):
+        torch.mm(hidden, block.to(hidden.dtype).T, out=out)
     return logits
 
 
@@ -164,7 +160,6 @@ def _project_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == grad.dtype:
         return grad @ weight
     back = grad.new_zeros(len(grad), weight.shape[1])
-    for start in range(0, len(weight), VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        back.addmm_(grad[:, block], weight[block].to(grad.dtype))
+    for block, columns in zip(weight.split(VOCABULARY_BLOCK), grad.split(VOCABULARY_BLOCK, dim=1)):
+        back.addmm_(columns, block.to(grad.dtype))
     return back

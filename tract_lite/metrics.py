@@ -48,10 +48,9 @@ def compare_judges(
 
     `differences` are the figures of a minus those of b, over the items that both have judged:
     `count` of them. A negative difference in rmse or mae means that a errs less. `intervals` are
-    95 % percentile bootstraps with a fixed seed; items are drawn in pairs, so that what makes an
-    item hard for both does not count. `a` and `b` hold what `evaluate` says of each on these items.
-    Raises ValueError: lengths that differ, no item that both have judged, or a gold score that is
-        not finite.
+    95 % percentile bootstraps over pairs with a fixed seed, so that what makes an item hard for
+    both does not count. `a` and `b` hold what `evaluate` says of each on these items.
+    Raises ValueError: lengths differ, no item is judged by both, or a gold score is not finite.
     """
     gold, a, b = _paired(golds, *([_score_of(one) for one in judged] for judged in (judged_a, judged_b)))
     both = np.isfinite(a) & np.isfinite(b)
@@ -59,20 +58,13 @@ def compare_judges(
         raise ValueError("there is no item that both judges have judged")
     a, b, gold = a[both], b[both], gold[both]
     figures = {"a": evaluate(a, gold), "b": evaluate(b, gold)}
-    draws = _bootstrap(lambda figure, items: figure(a[items], gold[items]) - figure(b[items], gold[items]), gold.size)
-    return {
-        "count": int(both.sum()),
-        "differences": {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL},
-        "intervals": draws,
-        **figures,
-    }
+    differences = {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL}
+    intervals = _bootstrap(lambda figure, i: figure(a[i], gold[i]) - figure(b[i], gold[i]), gold.size)
+    return {"count": int(both.sum()), "differences": differences, "intervals": intervals, **figures}
 
 
 def _paired(golds: Sequence[float], *predictions: Sequence[float | None]) -> list[np.ndarray]:
-    """The golds and all predictions as arrays.
-
-    Raises ValueError: no items, lengths that differ, or a gold score that is not finite.
-    """
+    """The golds and all predictions as arrays. Raises ValueError: they don't pair up."""
     gold, *predicted = arrays = [np.array(list(scores), dtype=np.float64) for scores in (golds, *predictions)]
     if gold.size == 0 or any(scores.shape != gold.shape for scores in predicted):
         counts = ", ".join(str(scores.size) for scores in predicted)
@@ -122,9 +114,7 @@ def _bootstrap(measure: Callable[[Figure, np.ndarray], np.ndarray], count: int) 
 def _pearson(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
     from scipy.stats import pearsonr
 
-    if gold.shape[-1] < 2:
-        return np.array(np.nan)
-    return pearsonr(predicted, gold, axis=-1).statistic
+    return pearsonr(predicted, gold, axis=-1).statistic if gold.shape[-1] > 1 else np.array(np.nan)
 
 
 def _spearman(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
@@ -139,19 +129,10 @@ def _kendall(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return kendalltau(predicted, gold).statistic
 
 
-def _rmse(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.mean((predicted - gold) ** 2, axis=-1))
-
-
-def _mae(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    return np.mean(np.abs(predicted - gold), axis=-1)
-
-
 def _qwk(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """Quadratic weighted kappa of scores rounded to whole numbers, halves to the even one.
 
-    The mean squared gap of the pairs over that of all predictions with all golds, taken from 1:
-    what the confusion matrix with quadratic weights gives, without the matrix.
+    1 - the mean squared gap of the pairs over that of all predictions with all golds.
     """
     a, b = np.rint(predicted), np.rint(gold)
     chance = a.var(axis=-1) + b.var(axis=-1) + (a.mean(axis=-1) - b.mean(axis=-1)) ** 2
@@ -162,7 +143,7 @@ _FIGURES: dict[str, Figure] = {
     "pearson": _pearson,
     "spearman": _spearman,
     "kendall": _kendall,
-    "rmse": _rmse,
-    "mae": _mae,
+    "rmse": lambda predicted, gold: np.sqrt(np.mean((predicted - gold) ** 2, axis=-1)),
+    "mae": lambda predicted, gold: np.mean(np.abs(predicted - gold), axis=-1),
     "qwk": _qwk,
 }

@@ -20,7 +20,6 @@ def option(default: Any, help: str, *, group: str = "", least: float | None = No
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field, as it is typed."""
     return "--" + name.replace("_", "-")
 
 
@@ -40,15 +39,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Any], groups: Mapping[
         shown = item.metadata["help"]
         if item.default not in (None, False) and name != "bool":
             shown += f" ({item.default})"
-        place = places.get(item.metadata["group"], parser)
-        place.add_argument(flag_of(item.name), help=shown, **told)
+        places.get(item.metadata["group"], parser).add_argument(flag_of(item.name), help=shown, **told)
 
 
 def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
-    """The options that were given as flags.
-
-    Raises ValueError: a number is too small.
-    """
+    """The options that were given as flags. Raises ValueError: a number is too small."""
     chosen = {}
     for item in fields(kind):  # type: ignore[arg-type]
         value = getattr(arguments, item.name)
@@ -68,12 +63,8 @@ class JudgeOptions:
 
     n_cot: int = option(1, "reasonings per item", least=1)
     seed: int = option(0, "seed of the sampling")
-    parallel: int | None = option(
-        None, "sequences decoded at once (by the context's length), or requests in flight (16)", least=1
-    )
-    spec: str | None = option(
-        None, "the judge's spec: its file, its folder or a judge's GGUF file (the one inside the model)"
-    )
+    parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
+    spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
     format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
     skip_bad: bool = option(False, "leave unusable rows out")
     adapter: str | None = option(None, "a judge's adapter (GGUF) on top of MODEL", group="file")
@@ -107,7 +98,7 @@ class ExportOptions:
     """What a user may choose for an export."""
 
     quantization: tuple[str, ...] | None = option(
-        None, "llama.cpp's file types (f16); several give FILE-NAME.gguf each", metavar="NAME"
+        None, "llama.cpp types (f16); several: FILE-NAME.gguf", metavar="NAME"
     )
     seed_model: str | None = option(None, "an adapter's seed model, folder or hub id (the one in its spec)")
     no_check: bool = option(False, "do not compare with transformers")

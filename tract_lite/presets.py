@@ -79,51 +79,21 @@ class Preset:
         return {name: getattr(self, name) for name in names.split()}
 
 
-_TOY = Preset(
-    training=TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3),
-    data=None,
-    seed_model=None,
-    max_items=2600,
-    max_held_out=1000,
-    gguf_items=1000,
-    max_length=256,
-    max_new_tokens=96,
-    parallel=250,
-    gradient_checkpointing=False,
-    quantization=("f16", "q8_0"),
-)
-_LARGE = Preset(
-    training=TrainSettings(micro_batch_size=2, save_every=50),
-    data=FEEDBACK_COLLECTION,
-    seed_model=MISTRAL,
-    max_items=6000,
-    max_held_out=300,
-    gguf_items=50,
-    parallel=16,
-)
+_HUNDRED: dict[str, Any] = {"max_held_out": 100, "max_validation": 40}
+_SHORT: dict[str, Any] = {"max_length": 256, "max_new_tokens": 96, "parallel": 250, "gradient_checkpointing": False}
+_TOY_SIZES: dict[str, Any] = {"max_items": 2600, "max_held_out": 1000, "gguf_items": 1000}
+_TOY_TRAINING = TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3)
+_TOY = Preset(_TOY_TRAINING, None, None, quantization=("f16", "q8_0"), **_TOY_SIZES, **_SHORT)
+_LARGE_SIZES: dict[str, Any] = {"max_items": 6000, "max_held_out": 300, "gguf_items": 50, "parallel": 16}
+_LARGE = Preset(TrainSettings(micro_batch_size=2, save_every=50), FEEDBACK_COLLECTION, MISTRAL, **_LARGE_SIZES)
+# The demo's way with a quarter of its data: every step can be seen, its judge is a poor one.
+_QUICK = replace(_TOY, training=replace(_TOY.training, save_every=25), max_items=640, gguf_items=100, **_HUNDRED)
+_T4 = replace(_LARGE, training=TrainSettings(save_every=40), max_items=1000, gguf_items=10, **_HUNDRED)
 PRESETS = {
     "demo": _TOY,
-    # The demo's way with a quarter of its data: every step can be seen, its judge is a poor one.
-    "quick": replace(
-        _TOY,
-        training=replace(_TOY.training, save_every=25),
-        max_items=640,
-        max_held_out=100,
-        gguf_items=100,
-        max_validation=40,
-        quantization=("q8_0",),
-    ),
+    "quick": replace(_QUICK, quantization=("q8_0",)),
     "24gb": _LARGE,
-    "t4": replace(
-        _LARGE,
-        training=TrainSettings(save_every=40),
-        max_items=1000,
-        max_held_out=100,
-        gguf_items=10,
-        max_validation=40,
-        parallel=8,
-        gguf_parallel=4,
-    ),
+    "t4": replace(_T4, parallel=8, gguf_parallel=4),
 }
 # The toy presets on somebody's own data, whose texts are longer.
 _TOY_ON_OWN_DATA: dict[str, Any] = {
@@ -204,7 +174,6 @@ def preset_of_machine() -> str:
 
 def preset_for(options: StageOptions) -> Preset:
     """The preset with what the user chose put in its place.
-
     Raises ValueError: the scale can't be read.
     """
     name = preset_of_machine() if options.preset == "auto" else options.preset

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from typing import Sequence
 
-from jinja2 import StrictUndefined, Template, UndefinedError
+from jinja2 import StrictUndefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from tract_lite.record import Record
@@ -16,33 +16,19 @@ from tract_lite.spec import SLOT, JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
 _TAIL = re.compile(r"(\[RESULT\]|So the overall score is)\s*:?\s*\S{0,12}\s*$", re.IGNORECASE)
-_environment = SandboxedEnvironment(trim_blocks=True, undefined=StrictUndefined)
+_compiled = lru_cache(maxsize=16)(SandboxedEnvironment(trim_blocks=True, undefined=StrictUndefined).from_string)
 
 
 def render(record: Record, spec: JudgeSpec) -> str:
-    """The text that is asked about a record: its ready prompt, or the spec's template filled.
-
-    Raises ValueError: the template asks for what the record lacks.
-    """
+    """A record's ready prompt, or the template filled. Raises ValueError: it lacks a field."""
     if record.prompt is not None:
         return record.prompt
     try:
-        return _compiled(spec.template).render(
-            instruction=record.instruction,
-            response=record.response,
-            rubric=record.rubric,
-            reference=record.reference,
-            marker=spec.marker,
-            labels=spec.scale.labels,
-        )
+        shown = {name: getattr(record, name) for name in ("instruction", "response", "rubric", "reference")}
+        return _compiled(spec.template).render(shown, marker=spec.marker, labels=spec.scale.labels)
     except UndefinedError as error:
         missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
         raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Template:
-    return _environment.from_string(template)
 
 
 def prompt_ids(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> list[int]:
@@ -67,14 +53,12 @@ def reasoning_text(feedback: str) -> str:
 class Reasoning:
     """A reasoning while it is written: tells when it ends and where to cut it.
 
-    It ends with the marker, found by its ids or, for a model that spells it with other tokens, by
-    its text; or with the end token or another special token of the chat format, since a chat model
-    may close its turn with one that is not its end token. The score that may follow is thrown away.
+    It ends with the marker, found by its ids or by its text (a model may spell it with other
+    tokens), or with the end token or another special token of the chat format.
     """
 
     def __init__(self, spec: JudgeSpec, vocabulary: Vocabulary):
-        self._spec = spec
-        self._vocabulary = vocabulary
+        self._spec, self._vocabulary = spec, vocabulary
         self._ends = {spec.eos_id, *(piece for piece in spec.chat if isinstance(piece, int))}
         # Up to where its text is complete: a space before the label may be a token of its own.
         self._marker = list(spec.marker_ids)

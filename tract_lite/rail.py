@@ -16,10 +16,7 @@ _ROUNDING = 1e-3
 
 
 def label_log_probabilities(logits: np.ndarray, label_ids: Sequence[int]) -> np.ndarray:
-    """Log-probabilities (..., K) of the labels under the softmax over the whole vocabulary.
-
-    `logits` is (..., V); computed in float64.
-    """
+    """Log-probabilities (..., K) of the labels, by the softmax of `logits` (..., V) in float64."""
     logits = np.asarray(logits, dtype=np.float64)
     top = logits.max(axis=-1, keepdims=True)
     log_total = top[..., 0] + np.log(np.exp(logits - top).sum(axis=-1))
@@ -59,8 +56,7 @@ def read_top_log_probabilities(
 ) -> TopReading:
     """Read the labels from the `top` tokens of a position, each with its log-probability.
 
-    `labels` are the labels' tokens, `values` what they stand for. A label that is not there is no
-    likelier than the least likely token that is.
+    A label (token) that is not there is no likelier than the least likely token that is.
     Raises ValueError: these can't be the log-probabilities of a distribution's top tokens.
     """
     found: dict[int, float] = {}

@@ -50,12 +50,9 @@ class Record:
 
     def pairs(self) -> "list[Record]":
         """The item's training records: one for each annotation, or itself if it has none."""
-        name = self.id or self.key
-        plain = replace(self, annotations=(), feedback_ids=None)
-        return [
-            replace(plain, feedback=feedback, score=score, id=f"{name}/{number}")
-            for number, (feedback, score) in enumerate(self.annotations)
-        ] or [self]
+        plain, name = replace(self, annotations=(), feedback_ids=None), self.id or self.key
+        given = enumerate(self.annotations)
+        return [replace(plain, feedback=text, score=n, id=f"{name}/{place}") for place, (text, n) in given] or [self]
 
 
 def digest(content: Any) -> str:

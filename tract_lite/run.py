@@ -54,7 +54,6 @@ class Run:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Go on in the folder, or make it this run's.
-
         Raises ValueError: it holds a run with other settings.
         """
         with self._first():

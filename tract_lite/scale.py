@@ -3,7 +3,8 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Sequence
+from os.path import commonprefix
+from typing import NamedTuple
 
 from tract_lite.vocabulary import Vocabulary
 
@@ -14,7 +15,6 @@ ANCHOR = "x"
 @dataclass(frozen=True)
 class ScoreScale:
     """The labels a judge may end with and the number each one stands for.
-
     Raises ValueError: fewer than two labels, or labels or values that repeat or don't pair up.
     """
 
@@ -25,10 +25,8 @@ class ScoreScale:
         object.__setattr__(self, "labels", tuple(self.labels))
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         if len(self.labels) < 2 or len(self.labels) != len(self.values):
-            raise ValueError(
-                f"a scale needs two labels or more and one value each, got "
-                f"{len(self.labels)} labels and {len(self.values)} values"
-            )
+            counts = f"{len(self.labels)} labels and {len(self.values)} values"
+            raise ValueError(f"a scale needs two labels or more and one value each, got {counts}")
         if len(set(self.labels)) < len(self.labels) or len(set(self.values)) < len(self.values):
             raise ValueError(f"labels and values must not repeat: {self.labels}, {self.values}")
         if any(label != label.strip() or not label for label in self.labels):
@@ -40,15 +38,11 @@ class ScoreScale:
     def integers(cls, low: int, high: int) -> "ScoreScale":
         """The scale of the whole numbers from `low` to `high`, both included."""
         numbers = range(low, high + 1)
-        return cls(tuple(str(n) for n in numbers), tuple(float(n) for n in numbers))
+        return cls(tuple(map(str, numbers)), tuple(map(float, numbers)))
 
     @classmethod
     def parse(cls, text: str) -> "ScoreScale":
-        """The scale that a text names: "1-5", also "0-10" or "-2-2".
-
-        Raises ValueError: no lowest and highest whole number, or the highest is not above the
-            lowest.
-        """
+        """The scale that a text names: "1-5" or "-2-2". Raises ValueError: it names none."""
         ends = re.fullmatch(r"\s*([+-]?\d+)\s*-\s*([+-]?\d+)\s*", text)
         if not ends or int(ends[1]) >= int(ends[2]):
             raise ValueError(f"the scale {text!r} can't be read: give its lowest and highest score, as in 1-5")
@@ -63,8 +57,7 @@ class ScoreScale:
         return min(range(len(self.values)), key=lambda k: (abs(self.values[k] - score), k))
 
 
-@dataclass(frozen=True)
-class ScoreTokens:
+class ScoreTokens(NamedTuple):
     """The ids that lead to a score (`marker`) and the one id of each label (`labels`)."""
 
     marker: tuple[int, ...]
@@ -78,37 +71,23 @@ def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) ->
     share belongs to the marker, what is left must be one token.
     Raises ValueError: a label takes several tokens or two labels share one; names scales that fit.
     """
-    tokens = _score_tokens(vocabulary, marker, scale)
-    if tokens is not None:
+    if tokens := _score_tokens(vocabulary, marker, scale):
         return tokens
     common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
     fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common if _score_tokens(vocabulary, marker, s)]
     anchor = len(vocabulary.encode(ANCHOR))
     pieces = {label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[anchor:]) for label in scale.labels}
-    raise ValueError(
-        f"each label must be one token of its own in this vocabulary, found {pieces}; "
-        f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
-    )
+    fits = f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
+    raise ValueError(f"each label must be one token of its own in this vocabulary, found {pieces}; {fits}")
 
 
 def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens | None:
     anchor = vocabulary.encode(ANCHOR)
     spelled = [vocabulary.encode(f"{ANCHOR} {marker} {label}") for label in scale.labels]
-    shared = _common_prefix(spelled)
+    shared = commonprefix(spelled)
     if shared[: len(anchor)] != anchor or any(len(ids) != len(shared) + 1 for ids in spelled):
         return None
-    if vocabulary.decode(shared).strip() != f"{ANCHOR} {marker}":
-        return None
     labels = tuple(ids[-1] for ids in spelled)
-    if len(set(labels)) < len(labels):
+    if vocabulary.decode(shared).strip() != f"{ANCHOR} {marker}" or len(set(labels)) < len(labels):
         return None
     return ScoreTokens(tuple(shared[len(anchor) :]), labels)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    prefix = []
-    for column in zip(*sequences):
-        if len(set(column)) > 1:
-            break
-        prefix.append(column[0])
-    return prefix

@@ -22,11 +22,10 @@ def generate_cots(
 ) -> tuple[list[Record], Counter[str]]:
     """One reasoning per record, written to `out` (JSONL) with the record and its gold score.
 
-    The judge's own score is thrown away. Goes on where an earlier call stopped. Returns the
-    records with their new reasonings, as text and ids, and how many were rejected and why; a
-    file beside `out` names the rejected ones. A record without an id gets its position.
-    Raises ValueError: two records have one id, every reasoning was rejected, or `out` holds
-        reasonings of another judge.
+    Goes on where an earlier call stopped. Returns the records with their new reasonings (text and
+    ids), and how many were rejected and why, which `rejected_file` names. A record without an id
+    gets its position.
+    Raises ValueError: two records of one id, no usable reasoning, or `out` is of another judge.
     """
     records = [replace(record, id=record.id or str(n)) for n, record in enumerate(records)]
     if len({record.id for record in records}) < len(records):
@@ -39,16 +38,13 @@ def generate_cots(
         if reason := _fault(judgement):
             rejected.append(record, {"reason": reason})
         else:
-            ids = tuple(judgement.feedback_ids[0])
-            own = replace(record, feedback=judgement.feedback[0], feedback_ids=ids)
-            kept.append(record, record_to_row(own))
+            [text], [ids] = judgement.feedback, judgement.feedback_ids
+            kept.append(record, record_to_row(replace(record, feedback=text, feedback_ids=tuple(ids))))
     reasons = Counter(row["reason"] for row in rejected.rows())
     reasoned = [to_record(row, row["id"]) for row in kept.rows()]
     if not reasoned:
-        raise ValueError(
-            f"the judge wrote no usable reasoning for any of {len(records)} records "
-            f"({dict(reasons)}): train stage 1 for longer, or allow more new tokens"
-        )
+        fault = f"the judge wrote no usable reasoning for any of {len(records)} records ({dict(reasons)})"
+        raise ValueError(f"{fault}: train stage 1 for longer, or allow more new tokens")
     return reasoned, reasons
 
 
@@ -58,8 +54,6 @@ def rejected_file(out: str | Path) -> Path:
 
 
 def _fault(judgement: Judgement) -> str | None:
-    if judgement.error:
-        return judgement.error
-    if judgement.truncated:
-        return "cut off by the length limit"
+    if judgement.error or judgement.truncated:
+        return judgement.error or "cut off by the length limit"
     return None if judgement.feedback[0] else "empty"

@@ -21,10 +21,7 @@ DEFAULT_TEMPLATE = files("tract_lite").joinpath("template.jinja").read_text(enco
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a judge samples its reasoning; the penalty counts generated tokens only.
-
-    Source: the settings TRACT uses to write its stage-2 data.
-    """
+    """How a judge samples, as TRACT does for stage 2; the penalty counts generated tokens only."""
 
     temperature: float = 1.0
     top_p: float = 0.9
@@ -36,10 +33,9 @@ class Sampling:
 class JudgeSpec:
     """A judge's contract: how it is asked, how it ends, and what its score tokens are.
 
-    `template` is a Jinja template over the fields of a record. `chat` holds the seed's chat
-    format: ids of special tokens and plain text, one piece of which contains `{prompt}`. The ids
-    were found in the seed's vocabulary; `pieces` spells marker and labels, so that a file with
-    another vocabulary is refused. `max_length` counts prompt, reasoning and score, in tokens.
+    `template` is a Jinja template over a record's fields. `chat` is the seed's chat format: ids of
+    special tokens and plain text, one piece of which contains `{prompt}`. `pieces` spells marker
+    and labels in the seed's vocabulary. `max_length`: tokens of prompt, reasoning and score.
     """
 
     template: str
@@ -56,28 +52,19 @@ class JudgeSpec:
     method: dict[str, Any] = field(default_factory=dict)
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Refuse a vocabulary in which the spec's ids spell something else.
-
-        Raises ValueError: the ids are out of range or name other pieces.
-        """
+        """Raises ValueError: in this vocabulary the spec's ids spell something else."""
         ids = self.marker_ids + self.label_ids
         found = tuple(vocabulary.pieces(ids)) if max(ids) < len(vocabulary) else ()
         if found != self.pieces:
-            raise ValueError(
-                f"this vocabulary is not the one the judge was trained with: ids {ids} spell "
-                f"{found or 'nothing'}, expected {self.pieces}"
-            )
+            spelled = f"ids {ids} spell {found or 'nothing'}, expected {self.pieces}"
+            raise ValueError(f"this vocabulary is not the one the judge was trained with: {spelled}")
 
     def to_json(self) -> str:
-        data = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(data, ensure_ascii=False, indent=1)
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "JudgeSpec":
-        """The spec that `to_json` wrote.
-
-        Raises ValueError: not a spec, of a newer format, or with unknown or missing fields.
-        """
+        """The spec that `to_json` wrote. Raises ValueError: it is none, or of a newer format."""
         try:
             data = json.loads(text)
             if data.pop("format") > FORMAT:
@@ -96,8 +83,7 @@ class JudgeSpec:
     @classmethod
     def load(cls, path: str | Path) -> "JudgeSpec":
         """Read a spec from its file or from the folder that holds it."""
-        path = Path(path)
-        path = path / SPEC_FILE if path.is_dir() else path
+        path = Path(path, SPEC_FILE) if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise ValueError(f"no judge spec at {path}: is this a tract-lite judge?")
         return cls.from_json(path.read_text(encoding="utf-8"))
@@ -117,17 +103,9 @@ def make_spec(
     """
     vocabulary = TransformersVocabulary(tokenizer)
     tokens = find_score_tokens(vocabulary, marker, scale)
-    return JudgeSpec(
-        template=template,
-        scale=scale,
-        chat=tuple(chat_pieces(tokenizer, vocabulary)),
-        marker_ids=tokens.marker,
-        label_ids=tokens.labels,
-        pieces=tuple(vocabulary.pieces(tokens.marker + tokens.labels)),
-        eos_id=vocabulary.eos_id,
-        marker=marker,
-        **fields,
-    )
+    chat = tuple(chat_pieces(tokenizer, vocabulary))
+    pieces, eos_id = tuple(vocabulary.pieces(tokens.marker + tokens.labels)), vocabulary.eos_id
+    return JudgeSpec(template, scale, chat, tokens.marker, tokens.labels, pieces, eos_id, marker, **fields)
 
 
 def chat_pieces(tokenizer: Any, vocabulary: TransformersVocabulary) -> list[int | str]:

@@ -27,23 +27,17 @@ class Vocabulary(Protocol):
 
 
 def clean_text(text: str) -> str:
-    """The text in NFC, with what no tokenizer can take (lone surrogates) replaced by U+FFFD.
-
-    Some tokenizers of transformers normalise to NFC by themselves; llama.cpp never does.
-    """
+    """The text in NFC, which llama.cpp does not see to, with U+FFFD for lone surrogates."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unicodedata.normalize("NFC", text)
 
 
 def split_specials(text: str, specials: dict[str, int]) -> list[int | str]:
-    """Template text as ids of special tokens and the plain text between them.
-
-    For a chat template alone: a record's text never passes through here.
-    """
+    """A chat template's text (never a record's) as ids of special tokens and plain text."""
     if not specials:
         return [text] if text else []
-    longest_first = sorted(specials, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    longest_first = map(re.escape, sorted(specials, key=len, reverse=True))
+    parts = re.split(f"({'|'.join(longest_first)})", text)
     return [specials.get(part, part) for part in parts if part]
 
 
@@ -54,10 +48,7 @@ class TransformersVocabulary:
         self.tokenizer = tokenizer
         self.eos_id = tokenizer.eos_token_id
         if self.eos_id is None:
-            raise ValueError(
-                "the tokenizer has no end-of-sequence token, so a judge could never stop: "
-                "set eos_token in its tokenizer_config.json"
-            )
+            raise ValueError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -73,8 +64,7 @@ class TransformersVocabulary:
 
     @cached_property
     def specials(self) -> dict[str, int]:
-        added = self.tokenizer.added_tokens_decoder
-        return {token.content: i for i, token in added.items() if token.special}
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
 
 class GGUFVocabulary:
@@ -105,9 +95,7 @@ class GGUFVocabulary:
     def encode(self, text: str) -> list[int]:
         text = clean_text(text)
         if self._doubles_first_space and text.startswith((" ", SPM_SPACE)):
-            text = text[1:]
-            if not text:
-                return [self._space_id]
+            return self._tokenize(text[1:]) if text[1:] else [self._space_id]
         return self._tokenize(text)
 
     @cached_property
@@ -125,11 +113,9 @@ class GGUFVocabulary:
             size = -count
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        get_text = self._llama.llama_vocab_get_text
-        return [get_text(self._vocab, i).decode("utf-8", "replace") for i in ids]
+        return [self._llama.llama_vocab_get_text(self._vocab, i).decode("utf-8", "replace") for i in ids]
 
     @cached_property
     def specials(self) -> dict[str, int]:
-        is_control = self._llama.llama_vocab_is_control
-        ids = [i for i in range(len(self)) if is_control(self._vocab, i)]
+        ids = [i for i in range(len(self)) if self._llama.llama_vocab_is_control(self._vocab, i)]
         return dict(zip(self.pieces(ids), ids))

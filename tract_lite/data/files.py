@@ -12,15 +12,12 @@ from typing import Any, Iterable, Iterator, TextIO
 # Of a large file, so many pieces of so many bytes tell it from another.
 PIECES, PIECE_BYTES = 256, 4096
 
-# A row's place in its source, to name it by, and its content.
 Rows = Iterator[tuple[str, Any]]
 
 
 def read_rows(source: str, format: str, split: str | None) -> Rows:
     """Each row's place and content; a row that can't be parsed is the ValueError that says why.
-
-    Raises FileNotFoundError: no such file, and not a hub id either.
-    Raises ValueError: the source as a whole can't be read.
+    Raises FileNotFoundError: no such file. Raises ValueError: the source can't be read.
     """
     format = _find_format(source) if format == "auto" else format
     if format == "hub":
@@ -37,16 +34,12 @@ def read_rows(source: str, format: str, split: str | None) -> Rows:
     try:
         yield from rows
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(
-            f"can't read {source} as {format}: {error}; check that it exists and is whole and in "
-            "UTF-8, or name another format"
-        ) from error
+        advice = "check that it exists and is whole and in UTF-8, or name another format"
+        raise ValueError(f"can't read {source} as {format}: {error}; {advice}") from error
 
 
 def _find_format(source: str) -> str:
-    suffix = Path(source).suffix.lower().removeprefix(".")
-    if source == "-":
-        return "jsonl"
+    suffix = "jsonl" if source == "-" else Path(source).suffix.lower().removeprefix(".")
     if suffix in _READERS or Path(source).exists():
         return suffix
     return "hub" if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) else suffix
@@ -60,15 +53,12 @@ def _open(source: str) -> TextIO:
 def _read_jsonl(source: str) -> Rows:
     with _open(source) as file:
         for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row = ValueError(f"not JSON: {error}")
             if line.strip():
-                yield f"line {number}", _parse(line)
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON: {error}")
+                yield f"line {number}", row
 
 
 def _read_json(source: str) -> Rows:
@@ -84,10 +74,9 @@ def _read_json(source: str) -> Rows:
 def _read_csv(source: str) -> Rows:
     csv.field_size_limit(2**31 - 1)
     with _open(source) as file:
-        # Spreadsheets separate by what their country does.
         first = file.readline()
-        delimiter = max(",;\t", key=first.count)
-        reader = csv.reader(chain([first], file), strict=True, delimiter=delimiter)
+        # Spreadsheets separate by what their country does.
+        reader = csv.reader(chain([first], file), strict=True, delimiter=max(",;\t", key=first.count))
         header = next(reader, [])
         start = reader.line_num + 1
         for values in reader:

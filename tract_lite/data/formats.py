@@ -1,8 +1,4 @@
-"""A row of any known shape to a record: its columns tell the shape.
-
-Plain, Feedback Collection (`orig_...`), or Prometheus benchmark (a ready prompt with lists of GPT-4
-feedbacks and scores).
-"""
+"""A row to a record: plain, of the Feedback Collection, or of a Prometheus benchmark."""
 
 import math
 import re
@@ -24,10 +20,7 @@ def record_to_row(record: Record) -> dict[str, Any]:
 
 
 def to_record(row: Any, position: str, scale: ScoreScale | None = None) -> Record:
-    """The record of a row of any known shape; its id is `position` where the row has none.
-
-    Raises ValueError: what is wrong with the row.
-    """
+    """The record of a row, with `position` for a missing id. Raises ValueError: what is wrong."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
@@ -60,8 +53,7 @@ def _from_plain(row: Row) -> Record:
 
 
 def _from_feedback_collection(row: Row) -> Record:
-    plain = {name.removeprefix("orig_"): row[name] for name in row if name.startswith("orig_")}
-    record = _from_plain(plain)
+    record = _from_plain({name.removeprefix("orig_"): row[name] for name in row if name.startswith("orig_")})
     if record.feedback:
         return record
     output = _text(row, "output") or ""
@@ -82,9 +74,8 @@ def _from_benchmark(row: Row) -> Record:
 
 
 def _rubric(row: Row) -> Rubric | None:
-    rubric = row.get("rubric")
-    if not isinstance(rubric, dict):
-        rubric = {"criteria": rubric}
+    given = row.get("rubric")
+    rubric = given if isinstance(given, dict) else {"criteria": given}
     nested = rubric.get("descriptions") or {}
     if not isinstance(nested, dict):
         raise ValueError(f"descriptions must map labels to texts, got {shorten(nested)}")

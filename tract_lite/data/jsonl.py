@@ -10,17 +10,13 @@ _BLOCK_BYTES = 1 << 16
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, without the last line if it is unfinished; none if there is no file.
-
-    Raises ValueError: a line is not a JSON object.
-    """
+    """The rows of a file, but for an unfinished last line. Raises ValueError: it is not JSONL."""
     return [row for _, row in read_lines(path)]
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file, one by one, each with the row that it holds; else as `read_rows`."""
-    path = Path(path)
-    if not path.exists():
+    """The lines of a file, if there is one, each with its row; else as `read_rows`."""
+    if not Path(path).exists():
         return
     with open(path, "rb") as file:
         for line in file:
@@ -38,8 +34,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def append_row(path: str | Path, row: Mapping[str, Any]) -> int:
     """Write a row at the end of a file, at once and whole; returns where in the file it begins.
 
-    An unfinished last line is cut first, and also if the writing fails. The file is closed after
-    each row, since folders of a cloud drive pass on what is closed.
+    An unfinished last line is cut. A cloud drive passes on what is closed, so each row is.
     """
     line = _to_line(row)
     with open(path, "a+b", buffering=0) as file:
@@ -68,8 +63,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
 
 
 @contextmanager

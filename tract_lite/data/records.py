@@ -38,8 +38,7 @@ def read_records(
     `"-"` is JSONL from standard input; `split` belongs to hub data sets ("train" if None). A row
     without an id gets its position, from 0. With a `scale`, a score outside its range is bad.
     With `skip_bad`, bad rows are left out, counted in a warning and appended to `rejected`.
-    Raises FileNotFoundError: no such file, and not a hub id either.
-    Raises BadRows: some rows are unusable; names them all.
+    Raises FileNotFoundError: no such file or hub id. Raises BadRows: some rows are unusable.
     Raises ValueError: the source can't be read, or no row of it is usable.
     """
     source = str(path_or_hub_id)
@@ -47,19 +46,12 @@ def read_records(
 
 
 def records_from(
-    rows: Iterable[Mapping[str, Any]] | Any,
-    *,
-    scale: ScoreScale | None = None,
-    skip_bad: bool = False,
-    rejected: list[str] | None = None,
+    rows: Any, *, scale: ScoreScale | None = None, skip_bad: bool = False, rejected: list[str] | None = None
 ) -> list[Record]:
-    """The records of dicts, or of a pandas DataFrame, as a file of these rows would be read.
-
-    The other arguments are those of `read_records`.
-    Raises BadRows: some rows are unusable; names them all.
-    Raises ValueError: no row is usable.
+    """The records of dicts, or of a pandas DataFrame, as `read_records` reads a file of them.
+    Raises BadRows: some rows are unusable. Raises ValueError: no row is usable.
     """
-    given: Any = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    given = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     placed = ((f"row {number}", _plain(row)) for number, row in enumerate(given, 1))
     return _to_records("the rows given", placed, scale, skip_bad, rejected)
 

@@ -1,5 +1,4 @@
-"""The one way to go on after a stop: rows that are appended as they come, each with the id and the
-content's key of its record, and beside them how they were made."""
+"""How a stopped call goes on: rows appended as they come, each with its record's id and key."""
 
 import json
 from collections import deque
@@ -18,10 +17,7 @@ MOST_WAITING = 1000
 
 
 def claim(file: Path, how: Row) -> None:
-    """Keep how something is made, unless the file says so already.
-
-    Raises ValueError: it was made in another way; a line for each thing that differs.
-    """
+    """Keep how something is made. Raises ValueError: the file says it was made in another way."""
     how = json.loads(json.dumps(how))
     try:
         before = read_json(file)
@@ -38,8 +34,7 @@ def claim(file: Path, how: Row) -> None:
 class ResumableRows:
     """Rows in a JSONL file, which a stopped call leaves whole and the next one goes on with.
 
-    A row belongs to the record whose `id` and `key` it has. One with an `error` can be read, but
-    its record still lacks a row that counts. Of two rows of one id the later one stands.
+    A row with an `error` does not count, and of two rows of one id the later one stands.
     Raises ValueError: the file holds something else.
     """
 
@@ -58,34 +53,24 @@ class ResumableRows:
         self.tidy()
 
     def claim(self, how: Row, shape: Row) -> None:
-        """Let the rows to come be made in this way, on this `shape`; NAME.run.json keeps both.
-
-        Raises ValueError: the rows that are there were made in another way, or nobody knows how.
-        """
+        """Keep how rows are made, on what `shape`. Raises ValueError: others are there already."""
         if not self._keys:
             self.run_file.unlink(missing_ok=True)
         elif not self.run_file.exists():
-            raise ValueError(
-                f"{self.path} has rows, but {self.run_file}, which says how they were made, is "
-                "gone: choose another output"
-            )
+            gone = f"{self.run_file}, which says how they were made, is gone"
+            raise ValueError(f"{self.path} has rows, but {gone}: choose another output")
         claim(self.run_file, how)
         shapes = read_json(self.run_file).get("shapes", [])
         write_json(self.run_file, {**how, "shapes": shapes + [shape] * (shape not in shapes)})
 
     def has(self, record: Record) -> bool:
-        """Whether a record has a row that counts.
-
-        Raises ValueError: not a record, or a row belongs to another record of the same id.
-        """
+        """Whether a record has a row that counts. Raises ValueError: another one has its id."""
         if not isinstance(record, Record):
             raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
         name = name_of(record)
         if self._keys.get(name, record.key) != record.key:
-            raise ValueError(
-                f"{self.path} holds another item with the id {name!r}: it was made from another "
-                "input, choose another output"
-            )
+            fault = f"{self.path} holds another item with the id {name!r}"
+            raise ValueError(f"{fault}: it was made from another input, choose another output")
         return name in self._keys and name not in self._failed
 
     def row(self, name: str) -> dict[str, Any]:
@@ -107,8 +92,8 @@ class ResumableRows:
     def fill(self, records: Iterable[Record], make: Callable[[Iterator[Record]], Iterable[Row]]) -> Iterator[Row]:
         """The row of each record in order: its own, or for those without one what `make` gives.
 
-        `make` turns the records that lack one into rows, in order; each is appended with the gold
-        score of its record as it comes. Where many records in a row have theirs, it is called anew.
+        Each new row is appended as it comes, with the gold score of its record. Where many records
+        in a row have theirs, `make` is called anew.
         """
         records = iter(records)
         for record in records:

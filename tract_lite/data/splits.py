@@ -11,9 +11,8 @@ from tract_lite.scale import ScoreScale
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 0.1
-# Below, agreement is mostly chance.
-FEW_ITEMS = 20
+# Of fewer items than FEW_ITEMS, agreement is mostly chance.
+HELD_OUT_SHARE, FEW_ITEMS = 0.1, 20
 # As TRACT's; of fewer records, the best step would be found by chance.
 VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 20
 
@@ -41,9 +40,8 @@ def read_splits(
 ) -> Splits:
     """Training and validation records, and held-out items: those of their own file, or a tenth.
 
-    An item that several annotators judged gives one training record each; held out, it is one item
-    with their mean score. A twentieth of the training records is for validation, unless that is
-    fewer than 20. All three parts have as many as is said, at most.
+    An item of several annotators gives one training record each; held out, it is one item with
+    their mean score. A twentieth of the training records, unless fewer than 20, is for validation.
     Raises ValueError: unusable rows, or too few items with a score.
     """
     rejected: list[str] = []
@@ -57,9 +55,8 @@ def read_splits(
     else:
         training, kept = split_records(scored, min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1)))
     if not training or not kept:
-        raise ValueError(
-            f"{len(scored)} items with a score are too few to hold some out; the column of gold scores is named score"
-        )
+        few = f"{len(scored)} items with a score are too few to hold some out"
+        raise ValueError(f"{few}; the column of gold scores is named score")
     if len(kept) < FEW_ITEMS:
         logger.warning("only %d items are held out: the figures of this run say little", len(kept))
     if len(training) > max_items:
@@ -69,20 +66,14 @@ def read_splits(
     rest, validation = split_records(pairs, min(VALIDATION_SHARE, max_validation / len(pairs)))
     if len(validation) < LEAST_VALIDATION:
         rest, validation = pairs, []
-    counts = {
-        "items": len(items),
-        "bad_rows": len(rejected),
-        "without_score": len(items) - len(scored),
-        "pairs": sum(len(item.pairs()) for item in scored),
-        "held_out_pairs": sum(len(item.pairs()) for item in kept),
-    }
+    counts = {"items": len(items), "bad_rows": len(rejected), "without_score": len(items) - len(scored)}
+    counts["pairs"] = sum(len(item.pairs()) for item in scored)
+    counts["held_out_pairs"] = sum(len(item.pairs()) for item in kept)
     return Splits(rest, validation, [replace(item, annotations=()) for item in kept], counts)
 
 
 def apart(records: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """The records whose prompts are not among those of the others, and the ones whose are."""
     keys = {record.key for record in others}
-    return (
-        [record for record in records if record.key not in keys],
-        [record for record in records if record.key in keys],
-    )
+    shared = [record for record in records if record.key in keys]
+    return [record for record in records if record.key not in keys], shared

@@ -3,21 +3,15 @@
 import csv
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from tract_lite.data.jsonl import replacing
 
 Row = Mapping[str, Any]
 
-ROW_GROUP = 4096
-
 
 def check_table(path: Path) -> None:
-    """Make sure that a table of this name can be written, before hours of judging.
-
-    Raises ValueError: another kind of file.
-    Raises ModuleNotFoundError: what writes it is not installed.
-    """
+    """Raises ValueError or ModuleNotFoundError where no table of this name can be written."""
     if path.suffix.lower() not in TABLES:
         raise ValueError(f"the output must end in .jsonl, {' or '.join(TABLES)}, got {path}")
     if path.suffix.lower() == ".parquet":
@@ -26,16 +20,9 @@ def check_table(path: Path) -> None:
 
 def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str]) -> None:
     """Write the rows of judgements as a table with a column for each label's probability."""
-    columns = {
-        "id": "string",
-        **dict.fromkeys(("score", "std", "spread", "mode", "mass"), "double"),
-        **{f"p_{label}": "double" for label in labels},
-        "error_bound": "double",
-        "truncated": "bool",
-        "error": "string",
-        "gold": "double",
-        "feedback": "string",
-    }
+    figures = ["score", "std", "spread", "mode", "mass", *(f"p_{label}" for label in labels), "error_bound"]
+    columns = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
+    columns |= {"error": "string", "gold": "double", "feedback": "string"}
     with replacing(path) as part:
         TABLES[path.suffix.lower()](part, columns, (_cells(row, labels) for row in rows))
 
@@ -66,11 +53,8 @@ def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) 
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     rows = iter(rows)
     with ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, ROW_GROUP)):
+        while group := list(islice(rows, 4096)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
-TABLES: dict[str, Callable[[Path, Mapping[str, str], Iterable[Row]], None]] = {
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
-}
+TABLES = {".csv": _write_csv, ".parquet": _write_parquet}

@@ -58,7 +58,6 @@ class Connection:
 
     def get(self, path: str, timeout: float | None = None, **query: str) -> dict[str, Any] | None:
         """A page, asked for once; None where the server has no such page.
-
         Raises RuntimeError: the server does not answer, or keeps its pages to itself.
         """
         response = self._request("GET", path, timeout or self._timeout, params=query)
@@ -68,7 +67,6 @@ class Connection:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request, which is sent again while that may help.
-
         Raises Unavailable: all tries were in vain.
         Raises Refused: the server refuses what it is asked (`NoLogProbabilities` where it is that).
         Raises RuntimeError: the server can't be asked this at all.

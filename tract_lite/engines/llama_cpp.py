@@ -103,7 +103,6 @@ def spec_of(loaded: Any, kind: str = "model") -> JudgeSpec | None:
 
 def read_spec(path: str | Path) -> JudgeSpec | None:
     """The judge's spec inside a GGUF file; None where it holds none.
-
     Raises ValueError: not a GGUF file that llama.cpp can read, or a spec of another vocabulary.
     """
     model = load_model(path, vocab_only=True)
@@ -125,7 +124,6 @@ def spec_at(path: str | Path) -> JudgeSpec | None:
 
 def load_adapter(model: Any, path: str | Path) -> tuple[Any, JudgeSpec | None]:
     """A `llama_adapter_lora` pointer, freed with its model, and the judge's spec in its file.
-
     Raises ValueError: not a GGUF adapter, or one of another base.
     """
     llama = quiet_llama()

@@ -1,15 +1,15 @@
 """A LoRA adapter as files: what it changes, by how much, and which seed model it belongs to."""
 
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.export.model_folder import seed_folder, weight_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -22,7 +22,6 @@ COMPARED_ROWS = 16
 
 class Adapter:
     """The weight changes in an adapter's folder, by the name of the weight they change.
-
     Raises ValueError: not a LoRA adapter on linear layers, with or without `modules_to_save`.
     """
 
@@ -31,13 +30,11 @@ class Adapter:
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}")
         self.size = (folder / WEIGHTS_FILE).stat().st_size
-        self.config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        self.config = read_json(folder / CONFIG_FILE)
         start = str(self.config.get("init_lora_weights")).lower()
         if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
-            raise ValueError(
-                "the adapter was made with fan_in_fan_out or with an initialisation that changes the seed model "
-                f"({', '.join(CHANGES_SEED)}), and only plain LoRA on linear layers can be merged"
-            )
+            other = f"fan_in_fan_out or a start that changes the seed model ({', '.join(CHANGES_SEED)})"
+            raise ValueError(f"the adapter was made with {other}: only plain LoRA on linear layers can be merged")
         self.saved: dict[str, torch.Tensor] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {}
         for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()):
@@ -55,18 +52,12 @@ class Adapter:
     @property
     def unties(self) -> bool:
         """Whether input and output embeddings are two weights afterwards, as in peft."""
-        tied = self.config.get("ensure_weight_tying")
-        return not tied and not self.saved.keys().isdisjoint((HEAD, EMBEDDING))
+        return not self.config.get("ensure_weight_tying") and bool(self.saved.keys() & {HEAD, EMBEDDING})
 
     def check_fits(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a seed model that lacks what the adapter changes, or has it in other shapes.
-
-        Raises ValueError: says which weights, and both shapes.
-        """
-        changed: dict[str, tuple[int, ...]] = {
-            name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()
-        }
-        changed |= {name: tuple(tensor.shape) for name, tensor in self.saved.items()}
+        """Raises ValueError: the seed model lacks what is changed, or has it in other shapes."""
+        changed = {name: tuple(tensor.shape) for name, tensor in self.saved.items()}
+        changed |= {name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()}
         if lacking := sorted(changed.keys() - shapes.keys()):
             raise ValueError(f"the adapter changes weights the seed model lacks: {', '.join(lacking)}")
         both = [(name, shape, tuple(shapes[name])) for name, shape in changed.items()]
@@ -74,11 +65,10 @@ class Adapter:
             raise ValueError(f"the adapter's weights and the seed model's have other shapes: {', '.join(unequal)}")
 
     def check_seed(self, seed_model: str | Path, seed_dir: Path) -> None:
-        """Refuse another seed model, in the folder `seed_dir`, than the adapter was trained on.
+        """Raises ValueError: the adapter was trained on another seed model than that in `seed_dir`.
 
         They are told apart by their weights where the adapter's own seed model is still at hand,
         else by their names: the last part of a path or hub id.
-        Raises ValueError: another seed model.
         """
         trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed model"
         try:
@@ -86,17 +76,13 @@ class Adapter:
         except (OSError, ValueError):
             same = _name(trained_on) == _name(seed_model)
         if not same:
-            raise ValueError(
-                f"the adapter was trained on {trained_on}, not on {seed_model}: give that one; "
-                "if both are the same, let its folder have that name"
-            )
+            advice = "give that one; if both are the same, let its folder have that name"
+            raise ValueError(f"the adapter was trained on {trained_on}, not on {seed_model}: {advice}")
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed weight, in float32 where it is a sum; an unchanged one as it is."""
-        if name in self.saved:
-            return self.saved[name]
         if name not in self.pairs:
-            return weight
+            return self.saved.get(name, weight)
         down, up = (part.float() for part in self.pairs[name])
         return weight.float().addmm_(up, down, alpha=self.factor(name))
 
@@ -110,18 +96,16 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def save_for_llama_cpp(self, folder: Path) -> None:
-        """Write the adapter so that alpha / rank is the factor of every pair: B takes the rest.
-
-        llama.cpp knows no other factor.
-        """
+        """Write it with alpha / rank as the factor of each pair, as llama.cpp takes it."""
         folder.mkdir()
         tensors: dict[str, torch.Tensor] = {}
         for name, (down, up) in self.pairs.items():
             layer = f"base_model.model.{name.removesuffix('.weight')}"
+            # B takes the rest.
             rest = self.factor(name) * down.shape[0] / self.config["lora_alpha"]
             tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up.float() * rest}
         save_file(tensors, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config), encoding="utf-8")
+        write_json(folder / CONFIG_FILE, self.config)
 
 
 def _name(seed_model: str | Path) -> str:
@@ -134,8 +118,7 @@ def _name(seed_model: str | Path) -> str:
 def _same_weights(folder: Path, other: Path) -> bool:
     """Whether the first rows of all weights that both hold in one shape are the same.
 
-    They are compared to the precision of bfloat16, since a copy may be stored in another type; what
-    only one of them holds in 4 bits is left out.
+    To the precision of bfloat16, as a copy may be stored so; what one holds in 4 bits is left out.
     """
     if folder.resolve() == other.resolve():
         return True

@@ -1,7 +1,4 @@
-"""GGUF files: written by llama.cpp's own converter and quantiser, the judge's spec inside.
-
-The converter is taken from the source package of the very llama-cpp-python that runs the file.
-"""
+"""GGUF files with a judge's spec, written by llama.cpp's own converter and quantiser."""
 
 import ctypes
 import os
@@ -29,8 +26,7 @@ def llama_cpp_source() -> Path:
     """The folder of llama.cpp's converter, in the version of the installed llama-cpp-python.
 
     `LLAMA_CPP_DIR` names it; without, it is fetched once with pip into the cache folder.
-    Raises ValueError: `LLAMA_CPP_DIR` is not such a folder.
-    Raises RuntimeError: it could not be fetched.
+    Raises ValueError: `LLAMA_CPP_DIR` is not such a folder. Raises RuntimeError: pip failed.
     """
     if chosen := os.environ.get("LLAMA_CPP_DIR"):
         if not Path(chosen, _MODELS).is_file():
@@ -43,22 +39,16 @@ def llama_cpp_source() -> Path:
     return folder
 
 
-def convert_model(
-    model_dir: Path, out: Path, file_type: str, spec: JudgeSpec | None, *, vocab_only: bool = False
-) -> None:
+def convert_model(model_dir: Path, out: Path, file_type: str, spec: JudgeSpec | None, *options: str) -> None:
     """Write a model folder as GGUF: "f32", "f16", "bf16", "q8_0", or "auto" for its own 16 bits.
 
-    With `vocab_only` the folder needs no weights.
-    Raises RuntimeError: llama.cpp's converter failed.
+    With the option "--vocab-only" it needs no weights. Raises RuntimeError: the converter failed.
     """
-    _convert(_MODELS, model_dir, out, ["--outtype", file_type, *["--vocab-only"] * vocab_only], spec)
+    _convert(_MODELS, model_dir, out, ["--outtype", file_type, *options], spec)
 
 
 def convert_adapter(adapter_dir: Path, base_dir: Path, out: Path, spec: JudgeSpec) -> None:
-    """Write an adapter as GGUF, in float32; `base_dir` holds the config of its seed model.
-
-    Raises RuntimeError: llama.cpp's converter failed.
-    """
+    """Write an adapter as GGUF, in float32; `base_dir` holds its seed model's config."""
     _convert(_ADAPTERS, adapter_dir, out, ["--outtype", "f32", "--base", str(base_dir.resolve())], spec)
 
 
@@ -78,39 +68,34 @@ def run_converter() -> None:
                 self.add_string(SPEC_KEY, spec)
 
     gguf.GGUFWriter = Writer
-    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        # A killed export must not leave a process that goes on filling the disk.
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed export must not leave a process that goes on filling the disk."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def file_types() -> dict[str, int]:
     """The names of llama.cpp's file types, such as "q4_k_m", with their numbers."""
     llama, prefix = quiet_llama(), "LLAMA_FTYPE_MOSTLY_"
-    names = [name for name in dir(llama) if name.startswith(prefix)]
-    mostly = {name[len(prefix) :].lower(): getattr(llama, name) for name in names}
+    mostly = {name[len(prefix) :].lower(): value for name, value in vars(llama).items() if name.startswith(prefix)}
     return {"f32": llama.LLAMA_FTYPE_ALL_F32, **mostly}
 
 
 def quantize(source: Path, out: Path, name: str) -> None:
-    """Write a GGUF file in another of llama.cpp's file types.
-
-    Raises RuntimeError: llama.cpp could not.
-    """
+    """Write a GGUF file in another of llama.cpp's types. Raises RuntimeError: it could not."""
     llama = quiet_llama()
     params = llama.llama_model_quantize_default_params()
     params.ftype = file_types()[name]
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)):
-        raise RuntimeError(
-            f"llama.cpp could not quantise to {name}: the disk is full, or the type needs an importance matrix "
-            "(q4_k_m, q5_k_m, q6_k and q8_0 do not)"
-        )
+        cause = "the disk is full, or it needs an importance matrix (q4_k_m, q5_k_m, q6_k and q8_0 do not)"
+        raise RuntimeError(f"llama.cpp could not quantise to {name}: {cause}")
 
 
 def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec: JudgeSpec | None) -> None:
@@ -135,10 +120,9 @@ def _fetch_source(release: str, folder: Path) -> None:
     with TemporaryDirectory(dir=folder.parent) as temporary:
         command = f"-m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python=={release} --dest"
         if log := _run([*command.split(), temporary]):
-            raise RuntimeError(
-                "pip could not fetch llama-cpp-python's source with llama.cpp's converter: try with a package index "
-                f"in reach, or set LLAMA_CPP_DIR to the vendor/llama.cpp folder of version {release}\n{log}"
-            )
+            advice = f"set LLAMA_CPP_DIR to the vendor/llama.cpp folder of version {release}"
+            fault = "pip could not fetch llama-cpp-python's source with llama.cpp's converter"
+            raise RuntimeError(f"{fault}: try with a package index in reach, or {advice}\n{log}")
         source = Path(temporary, "source")
         with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
             for member in archive:

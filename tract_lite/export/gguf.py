@@ -1,6 +1,5 @@
 """A judge to GGUF: its whole model, or its adapter alone; checked before it gets its name."""
 
-import json
 import os
 import re
 from dataclasses import asdict
@@ -38,21 +37,25 @@ def export_gguf(
     `quantization`: one of llama.cpp's file types ("f16", "q8_0", "q4_k_m", ...), or several: then
     `judge.gguf` stands for `judge-q8_0.gguf`, `judge-q4_k_m.gguf`, and a list comes back. `spec` is
     the folder's own unless given; without any, nothing is checked. `check`: see
-    `parity.check_export`. `records`: those to check with, made-up ones unless given. `figures`: a
-    JSON file that gets what the check has measured, by file name. No file has its name before it is
-    complete and checked.
-    Raises ValueError: an unknown type, a folder without what it takes, or another vocabulary's
-        spec.
+    `parity.check_export`, on `records` or made-up ones. `figures`: a JSON file that gets what it
+    has measured, by file name. No file has its name before it is complete and checked.
+    Raises ValueError: an unknown type, a folder that lacks something, or another vocabulary's spec.
     Raises RuntimeError: the converter is out of reach, llama.cpp could not write the file, it reads
         other tokens than transformers, or the disk has no room.
     """
     model_dir, out = Path(model_dir), Path(out)
     single = isinstance(quantization, str)
-    names = _names([quantization] if isinstance(quantization, str) else quantization)
-    targets = [out] if single else [_target(out, name) for name in names]
+    asked = [quantization] if isinstance(quantization, str) else quantization
+    names, known = list(dict.fromkeys(name.lower() for name in asked)), file_types()
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown quantization {', '.join(unknown)}; there are {', '.join(known)}")
+    if not names:
+        raise ValueError("no quantization is asked for")
+    # A dot in a name is not always that of a suffix.
+    stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
+    targets = [out] if single else [out.with_name(f"{stem}-{name}{suffix}") for name in names]
     if folders := [str(target) for target in targets if target.is_dir()]:
         raise ValueError(f"{', '.join(folders)} is a folder: name a file")
-    _check_folder(model_dir)
     _check_convertible(model_dir)
     if spec is None and (model_dir / SPEC_FILE).is_file():
         spec = JudgeSpec.load(model_dir)
@@ -61,12 +64,12 @@ def export_gguf(
     size = _needed_bytes(model_dir, weights, names)
     with work_folder(out, size, "export fewer or smaller types at a time") as folder:
         files = _write(model_dir, folder, names, spec)
-        measured = check_export(spec, tokenizer, model_dir, files, weights, records) if tokenizer and spec else {}
-        for name, target in zip(names, targets):
-            os.replace(files[name], target)
+        measured = check_export(spec, tokenizer, model_dir, files, weights, records or ()) if tokenizer and spec else {}
         if figures:
             by_file = {t.name: asdict(measured[n]) for n, t in zip(names, targets) if n in measured}
             write_json(figures, read_json(figures) | by_file)
+        for name, target in zip(names, targets):
+            os.replace(files[name], target)
     return targets[0] if single else targets
 
 
@@ -85,9 +88,9 @@ def export_adapter(
     config and tokenizer are needed. `spec` is the adapter's own unless given. `check`: see
     `parity.check_vocabulary`; scores hang on the base file and are not compared.
 
-    The base file rounds the seed model otherwise than the 4 bits of training. For the built-in
-    example (scale 1 to 5), scores differ from the trained judge's by 0.021 on average with an f16
-    or q8_0 base and by 0.034 with q4_k_m, and by 0.016 if merged and quantised to q4_k_m.
+    The base file rounds the seed model otherwise than training did. In the example (scale 1 to 5),
+    scores differ from the trained judge's by 0.021 on average with an f16 or q8_0 base and by 0.034
+    with q4_k_m, and by 0.016 if merged and quantised to q4_k_m.
     Raises ValueError: no adapter, one of another seed model or that must be merged, or no spec.
     Raises RuntimeError: the converter is out of reach or failed, llama.cpp reads other tokens than
         transformers, or the disk has no room.
@@ -111,7 +114,7 @@ def export_adapter(
         convert_adapter(adapter, base, part, spec)
         if tokenizer:
             vocabulary = folder / "vocabulary.gguf"
-            convert_model(base, vocabulary, "f16", None, vocab_only=True)
+            convert_model(base, vocabulary, "f16", None, "--vocab-only")
             check_vocabulary(spec, tokenizer, vocabulary)
         os.replace(part, out)
     return out
@@ -138,47 +141,27 @@ def _source(names: Sequence[str]) -> str:
     return exact[0] if exact else "q8_0" if set(names) == {"q8_0"} else "auto"
 
 
-def _names(asked: Sequence[str]) -> list[str]:
-    names, known = list(dict.fromkeys(name.lower() for name in asked)), file_types()
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown quantization {', '.join(unknown)}; there are {', '.join(known)}")
-    if not names:
-        raise ValueError("no quantization is asked for")
-    return names
-
-
-def _target(out: Path, name: str) -> Path:
-    """The file of one type among several; a dot in a name is not always that of a suffix."""
-    stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
-    return out.with_name(f"{stem}-{name}{suffix}")
-
-
 def _check_folder(model_dir: Path) -> None:
     if not (model_dir / "config.json").is_file():
         inside = next((path.parent for path in model_dir.glob("*/config.json")), None)
         hint = f"; {inside} is one" if inside else ""
         raise ValueError(f"{model_dir} is not a model folder: it has no config.json{hint}")
     tokenizer = model_dir / "tokenizer.json"
-    if (model_dir / "tokenizer.model").is_file() or not tokenizer.is_file():
-        return
     # Without it the converter gives every token of an SPM vocabulary one score, without a word.
-    if json.loads(tokenizer.read_text(encoding="utf-8"))["model"].get("byte_fallback"):
-        raise ValueError(
-            f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: copy that file "
-            "from the folder of the model it was made from"
-        )
+    if not (model_dir / "tokenizer.model").is_file() and read_json(tokenizer).get("model", {}).get("byte_fallback"):
+        advice = "copy that file from the folder of the model it was made from"
+        raise ValueError(f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: {advice}")
 
 
 def _check_convertible(model_dir: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    _check_folder(model_dir)
+    config = read_json(model_dir / "config.json")
     if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
         raise ValueError(f"{model_dir} holds weights in bitsandbytes' 4 or 8 bits: give the model in 16 bits")
     if config.get("model_type", "").startswith("gemma") and not config.get("tie_word_embeddings", True):
         # Its converter leaves the head out without a word.
-        raise ValueError(
-            f"{model_dir} has untied embeddings, and llama.cpp knows Gemma with tied ones alone: "
-            "train without lm_head and embed_tokens in modules_to_save"
-        )
+        advice = "train without lm_head and embed_tokens in modules_to_save"
+        raise ValueError(f"{model_dir} has untied embeddings, but llama.cpp knows Gemma with tied ones alone: {advice}")
 
 
 def _tokenizer(folder: Path, spec: JudgeSpec) -> Any:

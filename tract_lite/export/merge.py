@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
@@ -32,10 +33,9 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
 
     `seed_model`: a folder or hub id, in 16 bits or in 4 bits of bitsandbytes. `base`: "4bit" adds
     to the weights as they were in training: dequantised, and quantised before that where the seed
-    model is in 16 bits. "16bit" adds to the seed model's own. Tensors keep the type of its files.
-    Tokenizer files and the judge's spec are copied as they are. Memory holds one tensor at a time;
-    files have 256 MB or one tensor. An older merge in `out_dir` is replaced, at once and by a whole
-    one alone.
+    model is in 16 bits. "16bit" adds to the seed model's own. Tensors keep the type of its files;
+    tokenizer files and spec are copied. Memory holds one tensor at a time; files have 256 MB or one
+    tensor. An older merge in `out_dir` is replaced at once, by a whole one alone.
     Raises ValueError: the adapter is of another seed model, has no spec or is of a kind that can't
         be merged, or `out_dir` holds something else.
     Raises RuntimeError: the disk has no room.
@@ -68,10 +68,7 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
 
 
 class _Weight:
-    """A weight in the seed model's files, plain or packed in 4 bits, and its name in the merge.
-
-    `shape` is that of the weight, and `size` its bytes as they are written.
-    """
+    """A weight in the seed model's files, plain or packed in 4 bits, and its name in the merge."""
 
     def __init__(self, name: str, key: str, files: dict[str, Path]):
         self.name, self._key, self._files = name, key, files
@@ -79,6 +76,7 @@ class _Weight:
         self.is_packed = bool(self._parts)
         stored = self._state() if self.is_packed else self._tensor(key)
         self.shape, self.dtype = tuple(stored.shape), stored.dtype
+        # In bytes, as they are written.
         self.size = math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
@@ -109,45 +107,40 @@ def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
         weights.append(_Weight(HEAD, EMBEDDING, files))
     for weight in weights:
         if weight.dtype not in DTYPES:
-            raise ValueError(
-                f"the seed model has weights of type {weight.dtype} ({weight.name}): "
-                "give it in 16 or 32 bits, or in bitsandbytes' 4 bits"
-            )
+            fault = f"the seed model has weights of type {weight.dtype} ({weight.name})"
+            raise ValueError(f"{fault}: give it in 16 or 32 bits, or in bitsandbytes' 4 bits")
     return weights
 
 
 def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: set[str], out_dir: Path) -> None:
     """Write all weights in shards, with the index that transformers reads."""
-    shards = _shards(weights)
-    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    by_name = {weight.name: weight for weight in weights}
+    options: dict[str, Any] = {"get_storage_id": lambda _: None, "get_storage_size": lambda weight: weight.size}
+    options |= {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": SHARD_BYTES}
+    split = split_state_dict_into_shards_factory(by_name, **options)
     with tqdm(total=len(weights), desc="merging") as progress:
-        for name, shard in zip(names, shards):
+        for name, inside in split.filename_to_tensors.items():
+            # Wider types first, so that each tensor lies at a multiple of its type's width.
+            shard = sorted(map(by_name.__getitem__, inside), key=lambda weight: -weight.dtype.itemsize)
             with open(out_dir / name, "wb") as file:
                 file.write(_header(shard))
                 for weight in shard:
                     file.write(_merged(weight, changes, weight.name in quantised))
                     progress.update()
-    where = {weight.name: name for name, shard in zip(names, shards) for weight in shard}
-    index = {"metadata": {"total_size": sum(weight.size for weight in weights)}, "weight_map": where}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
     """The changed weight's bytes, as a NumPy array."""
-    tensor = _through_4bit(weight.read()) if quantised else weight.read()
+    tensor = weight.read()
+    if quantised:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        # In float32, so that the only rounding is the one of the result.
+        packed, state = quantize_4bit(tensor.float().contiguous(), quant_type="nf4", compress_statistics=True)
+        tensor = dequantize_4bit(packed, state)
     return changes.apply(weight.name, tensor).to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
-
-
-def _shards(weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    shards: list[list[_Weight]] = []
-    size = math.inf
-    for weight in weights:
-        if size + weight.size > SHARD_BYTES:
-            shards, size = [*shards, []], 0
-        shards[-1].append(weight)
-        size += weight.size
-    # Wider types first, so that each tensor lies at a multiple of its type's width.
-    return [sorted(shard, key=lambda weight: -weight.dtype.itemsize) for shard in shards]
 
 
 def _header(shard: Sequence[_Weight]) -> bytes:
@@ -170,11 +163,3 @@ def _quantised(seed_dir: Path) -> set[str]:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_dir))
     return {f"{name}.weight" for name in linear_layers(model)}
-
-
-def _through_4bit(weight: torch.Tensor) -> torch.Tensor:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    # In float32, so that the only rounding is the one of the result.
-    packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(packed, state)

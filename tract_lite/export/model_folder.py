@@ -10,6 +10,7 @@ from typing import Iterator
 
 from safetensors import safe_open
 
+from tract_lite.data.jsonl import read_json
 from tract_lite.spec import SPEC_FILE
 
 GB = 10**9
@@ -20,9 +21,8 @@ NOT_COPIED = (".safetensors", ".bin", ".gguf", ".index.json", ".pt", ".pth", ".h
 def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> Iterator[Path]:
     """A folder beside `out` for what is not finished; it goes afterwards, whatever happens.
 
-    What a killed call for the same `out` has left is removed first. `size`: bytes to be written
-    there; `advice`: what else helps where there is no room for them.
-    Raises RuntimeError: less than `size` is free.
+    What a killed call for the same `out` has left is removed first. Raises RuntimeError: less than
+    `size` bytes are free; `advice` says what else helps.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each call: a child of a killed one may still be writing.
@@ -32,26 +32,22 @@ def work_folder(out: Path, size: int = 0, advice: str = "use another disk") -> I
             shutil.rmtree(path, ignore_errors=True)
     free = shutil.disk_usage(out.parent).free
     if size > free:
-        raise RuntimeError(
-            f"{out} takes {size / GB:.1f} GB of disk while it is made, and {out.parent.resolve()} has "
-            f"{free / GB:.1f} GB free: make room, choose another place, or {advice}"
-        )
+        disk, need, left = out.parent.resolve(), f"{size / GB:.1f}", f"{free / GB:.1f}"
+        hint = f"make room, choose another place, or {advice}"
+        raise RuntimeError(f"{out} takes {need} GB of disk while it is made, and {disk} has {left} GB free: {hint}")
     with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
         yield Path(folder)
 
 
 def is_merged_judge(folder: Path) -> bool:
-    """Whether a folder is what merging writes, a model with the judge's spec, and nothing more.
-
-    A GGUF file or a folder inside is somebody's work, which must not go with it.
-    """
+    """Whether a folder is what merging writes, a model with the judge's spec, and nothing more."""
+    # A GGUF file or a folder inside is somebody's work, which must not go with it.
     own = all((folder / name).is_file() for name in ("config.json", SPEC_FILE))
     return own and not any(path.is_dir() or path.suffix == ".gguf" for path in folder.iterdir())
 
 
 def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool = True) -> Path:
     """The folder of a seed model; of a hub id, the one in the hub's cache, perhaps without weights.
-
     Raises OSError, ValueError: no such model.
     """
     if Path(seed_model).is_dir():
@@ -63,14 +59,10 @@ def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool 
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor in a model folder.
-
-    Raises ValueError: no safetensors files.
-    """
+    """The file of each tensor in a model folder. Raises ValueError: no safetensors files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in names.items()}
+        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
     # Some models bring a second set of weights under other names.
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
@@ -83,10 +75,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def copy_other_files(seed_dir: Path, out_dir: Path, untied: bool = False) -> None:
-    """Copy a seed model's config and tokenizer files, all but its weights, as they are.
-
-    Only the config no longer speaks of 4 bits and, if `untied`, of tied embeddings.
-    """
+    """Copy a seed model's files but its weights; the config as of 16 bits, and `untied` if so."""
     for file in seed_dir.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             shutil.copyfile(file, out_dir / file.name)

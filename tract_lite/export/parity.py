@@ -23,10 +23,7 @@ from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabu
 
 # Mean difference in score on a scale of 1 to 5, and mean distance of distributions, that an exact
 # type or Q8_0 may cost. What a smaller type costs is for its user to judge.
-BOUNDS = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
-BOUNDS_RANGE = 4
-# Memory beside the weights that a comparison takes, with some to spare.
-SPARE_BYTES = GB
+BOUNDS, BOUNDS_RANGE = {"f32": 0.01, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05}, 4
 _REASONING = "The answer is short and clear, but it gives no reason."
 
 logger = logging.getLogger(__name__)
@@ -36,9 +33,8 @@ logger = logging.getLogger(__name__)
 class Parity:
     """How far two judges lie apart after the same reasoning ids.
 
-    `different_prompts`: records whose prompts have other ids in the two vocabularies. Differences
-    are those of the scores, in their units. `mean_distance`: total variation distance (0 to 1) of
-    the distributions over the labels, each normalised to them, on average.
+    `different_prompts` have other ids in the two vocabularies. Differences are those of the scores,
+    `mean_distance` is the distributions' (total variation, 0 to 1), each normalised to the labels.
     """
 
     records: int
@@ -48,16 +44,13 @@ class Parity:
     mean_distance: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.records} records: {self.different_prompts} prompts with other ids, scores "
-            f"differ by {self.mean_difference:.4f} on average, {self.largest_difference:.4f} "
-            f"at most, distributions by {self.mean_distance:.4f}"
-        )
+        prompts = f"{self.records} records: {self.different_prompts} prompts with other ids"
+        scores = f"scores differ by {self.mean_difference:.4f} on average, {self.largest_difference:.4f} at most"
+        return f"{prompts}, {scores}, distributions by {self.mean_distance:.4f}"
 
 
 def compare(judge: Judge, other: Judge, records: Sequence[Record], judgements: Sequence[Judgement]) -> Parity:
-    """Let `other` read the reasonings in `judgements`, which `judge` gave, and compare the scores.
-
+    """Let `other` read the reasonings that `judge` gave in `judgements`, and compare the scores.
     Raises ValueError: no record was judged by both.
     """
     judged = [(record, given) for record, given in zip(records, judgements) if not given.error]
@@ -81,10 +74,7 @@ def _distance(one: Judgement, other: Judgement) -> float:
 
 
 def hard_records(spec: JudgeSpec, specials: Sequence[str] = ()) -> list[Record]:
-    """Records whose texts vocabularies are likely to read differently.
-
-    `specials`: spellings of special tokens, which are text here.
-    """
+    """Records, also of `specials` as text, which vocabularies are likely to read differently."""
     rubric = Rubric("Is the answer right?", {label: f"{label} of all the best" for label in spec.scale.labels})
     texts = (
         "Yes: 2 + 2 = 4, 10/5 = 2.0 and 1,234,567.89.",
@@ -108,10 +98,8 @@ def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: 
     chat = [piece for piece in spec.chat if isinstance(piece, int)]
     own = [piece for piece in chat_pieces(tokenizer, theirs) if isinstance(piece, int)]
     if chat != own:
-        raise RuntimeError(
-            f"the judge's prompt has the special tokens {theirs.pieces(chat)}, and the tokenizer's own chat format "
-            f"has {theirs.pieces(own)}"
-        )
+        both = f"{theirs.pieces(chat)}, and the tokenizer's own chat format has {theirs.pieces(own)}"
+        raise RuntimeError(f"the judge's prompt has the special tokens {both}")
     ids = [*chat, spec.eos_id, *spec.marker_ids, *spec.label_ids]
     pieces, found = theirs.pieces(ids), vocabulary.pieces(ids)
     if pieces != found:
@@ -120,21 +108,13 @@ def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: 
         expected, got = prompt_ids(record, spec, theirs), prompt_ids(record, spec, vocabulary)
         if got != expected:
             at = len(commonprefix([expected, got]))
-            raise RuntimeError(
-                f"the prompt of record {record.id} has other tokens from position {at} on: "
-                f"{theirs.pieces(expected[at : at + 5])} in transformers, "
-                f"{vocabulary.pieces(got[at : at + 5])} in llama.cpp"
-            )
+            first, ours = theirs.pieces(expected[at : at + 5]), vocabulary.pieces(got[at : at + 5])
+            place = f"the prompt of record {record.id} has other tokens from position {at} on"
+            raise RuntimeError(f"{place}: {first} in transformers, {ours} in llama.cpp")
 
 
-def check_vocabulary(
-    spec: JudgeSpec, tokenizer: Any, file: Path, records: Sequence[Record] | None = None
-) -> list[Record]:
-    """`check_ids` between a tokenizer and a GGUF file; returns the records it took.
-
-    `records`: `hard_records` unless given.
-    Raises RuntimeError: they differ; says where.
-    """
+def check_vocabulary(spec: JudgeSpec, tokenizer: Any, file: Path, records: Sequence[Record] = ()) -> list[Record]:
+    """`check_ids` with a GGUF file, on `hard_records` unless given; returns those it took."""
     if not records:
         records = hard_records(spec, list(TransformersVocabulary(tokenizer).specials)[:20])
     model = load_model(file, vocab_only=True)
@@ -142,8 +122,7 @@ def check_vocabulary(
         check_ids(spec, tokenizer, GGUFVocabulary(model), records)
     finally:
         quiet_llama().llama_model_free(model)
-    alike = "prompts, marker, labels and special tokens are the same in transformers and llama.cpp"
-    _show(f"parity: {file.stem}: the ids of {len(records)} {alike}")
+    _show(f"parity: {file.stem}: the ids of {len(records)} prompts and of the spec are those of transformers")
     return list(records)
 
 
@@ -153,7 +132,7 @@ def check_export(
     folder: Path,
     files: Mapping[str, Path],
     weights: int,
-    records: Sequence[Record] | None = None,
+    records: Sequence[Record] = (),
 ) -> dict[str, Parity]:
     """Make sure that GGUF files are the judge in the model folder that they were made from.
 
@@ -161,34 +140,31 @@ def check_export(
     `check_ids`. Then the scores after each record's own reasoning, or a fixed one, against
     transformers in float32; where memory is too small for that, the log says so. A difference above
     the type's bound is a warning. Returns the figures by type.
-    Raises RuntimeError: ids differ; says where.
     """
     taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
-    needed, free = 4 * weights + SPARE_BYTES, _free_memory()
+    # Where a model would be loaded: on the GPU, or in main memory.
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    # Beside the weights, with some to spare.
+    needed = 4 * weights + GB
     if needed > free:
         there = f"transformers takes {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free"
         _show(f"parity: scores are not compared: {there}")
         return {}
-    return _compare_scores(spec, folder, files, taken[0])
-
-
-def _compare_scores(
-    spec: JudgeSpec, folder: Path, files: Mapping[str, Path], records: Sequence[Record]
-) -> dict[str, Parity]:
     from tract_lite.training.seed_model import load_seed
 
     model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers", precision="float32")
-    figures = {}
+    figures, checked = {}, taken[0]
     with Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
-        texts = [reasoning_text(record.pairs()[0].feedback or "") or _REASONING for record in records]
+        texts = [reasoning_text(record.pairs()[0].feedback or "") or _REASONING for record in checked]
         reasonings = [[reference.engine.vocabulary.encode(text)] for text in texts]
-        judged = list(reference.score_many(records, reasonings=reasonings))
+        judged = list(reference.score_many(checked, reasonings=reasonings))
         if all(judgement.error for judgement in judged):
             _show(f"parity: scores are not compared: {judged[0].error}")
             return {}
         for name, file in files.items():
             with Judge.from_gguf(file, spec, parallel=1) as judge:
-                figures[name] = compare(reference, judge, records, judged)
+                figures[name] = compare(reference, judge, checked, judged)
             _report(name, figures[name], spec)
     return figures
 
@@ -205,14 +181,6 @@ def _report(name: str, parity: Parity, spec: JudgeSpec) -> None:
 
 def _show(text: str) -> None:
     """Figures are printed where no log takes them."""
-    if logger.isEnabledFor(logging.INFO):
-        logger.info("%s", text)
-    else:
+    logger.info("%s", text)
+    if not logger.isEnabledFor(logging.INFO):
         print(text, file=sys.stderr)
-
-
-def _free_memory() -> int:
-    """Bytes where a model would be loaded: on the GPU, or in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available

@@ -40,31 +40,23 @@ def write_model_card(run_dir: str | Path, folder: str | Path | None = None) -> P
     settings, metrics = read_json(run / SETTINGS), read_json(run / METRICS)
     gguf_files = sorted(path.name for path in folder.glob("*.gguf"))
     is_merged = (folder / "config.json").is_file()
-    data = settings.get("data") if settings.get("data") or "data" not in settings else EXAMPLE
-    values = spec.scale.values
+    is_example = "data" in settings and not settings["data"]
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     template = files("tract_lite.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
         name=run.folder.resolve().name,
         version=__version__,
+        spec=spec,
         seed_model=_shown(spec.base_model),
-        data=_Named(EXAMPLE, False) if data is EXAMPLE else _shown(data),
+        data=_Named(EXAMPLE, False) if is_example else _shown(settings.get("data")),
         is_merged=is_merged,
-        labels=", ".join(
-            label if label == f"{value:g}" else f"{label} = {value:g}"
-            for label, value in zip(spec.scale.labels, values)
-        ),
         files=gguf_files,
         opened=_opened([name for name in gguf_files if name != ADAPTER_GGUF], is_merged),
         counts=run.counts,
         stages={f"stage {name[-1]}": stage for name, stage in run.stages().items()},
         settings=settings,
-        sampling=spec.sampling,
-        max_length=spec.max_length,
         table=_table(metrics.get("rows", {})),
         parities=metrics.get("parity", {}),
-        lowest=min(values),
-        highest=max(values),
         low_mass=LOW_MASS,
     )
     path = folder / CARD

@@ -25,11 +25,11 @@ MOST_GROUPS = 11
 
 def write_report(run_dir: str | Path) -> Path:
     """Write a run's page from what its folder holds; parts that are missing are left out.
-
     Raises ValueError: the folder holds nothing to report.
     """
     run = Run(run_dir)
-    logs = {name: log for name, log in run.logs().items() if _has_terms(log)}
+    # A stage may have been too short to log its loss.
+    logs = {name: log for name, log in run.logs().items() if any(TERMS.keys() <= entry.keys() for entry in log)}
     pairs = _scores_and_golds(run)
     metrics, settings = read_json(run / METRICS), read_json(run / SETTINGS)
     if not (logs or pairs or metrics or settings):
@@ -48,35 +48,23 @@ def write_report(run_dir: str | Path) -> Path:
     return page
 
 
-def _has_terms(log: Sequence[Mapping[str, float]]) -> bool:
-    """A stage may have been too short to log its loss."""
-    return any(TERMS.keys() <= entry.keys() for entry in log)
-
-
 def _scores_and_golds(run: Run) -> list[tuple[float, float]]:
     """Gold score and score of each held-out item, from the judge that has judged most of them: the
     last one by name, a GGUF file before others."""
     best: list[tuple[float, float]] = []
     for file in sorted((run / JUDGED).glob("*.jsonl"), key=lambda file: (".gguf" in file.name, file.name)):
-        pairs = [
-            (row["gold"], row["score"])
-            for row in read_rows(file)
-            if row.get("gold") is not None and row.get("score") is not None
-        ]
+        rows = [(row.get("gold"), row.get("score")) for row in read_rows(file)]
+        pairs = [(gold, score) for gold, score in rows if gold is not None and score is not None]
         best = pairs if len(pairs) >= len(best) else best
     return best
 
 
 def _intervals(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        f"- {name}: "
-        + ", ".join(
-            f"{figure} {figures['intervals'][figure][0]:.3f} to {figures['intervals'][figure][1]:.3f}"
-            for figure in WITH_INTERVAL
-        )
-        for name, figures in rows.items()
-        if "intervals" in figures
-    ]
+    lines = []
+    for name, figures in rows.items():
+        ends = figures.get("intervals", {})
+        shown = [f"{figure} {ends[figure][0]:.3f} to {ends[figure][1]:.3f}" for figure in WITH_INTERVAL if ends]
+        lines += [f"- {name}: {', '.join(shown)}"] if shown else []
     return "\n".join(["95 % intervals:", "", *lines]) if lines else ""
 
 
@@ -115,17 +103,10 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
         for name, log in logs.items():
             label, colour = STAGES[name]
             steps = [(entry["step"], entry[term]) for entry in log if term in entry]
-            ax.plot(
-                *zip(*steps),
-                color=colour,
-                linewidth=1.8,
-                label=label,
-                marker="o" if len(steps) <= FEW_POINTS else "",
-                markersize=4,
-            )
-            checks = [
-                (entry["step"], entry["eval_rmse"] ** 2) for entry in log if term == "raft" and "eval_rmse" in entry
-            ]
+            marker = "o" if len(steps) <= FEW_POINTS else ""
+            ax.plot(*zip(*steps), color=colour, linewidth=1.8, label=label, marker=marker, markersize=4)
+            validated = [entry for entry in log if term == "raft" and "eval_rmse" in entry]
+            checks = [(entry["step"], entry["eval_rmse"] ** 2) for entry in validated]
             if checks:
                 ax.plot(*zip(*checks), color=colour, linewidth=1.2, linestyle="--", marker="o", markersize=4)
                 title = f"{TERMS[term]} (dashed: validation)"

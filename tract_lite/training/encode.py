@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -64,7 +65,6 @@ def encode_records(
     records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary, *, required: bool = False
 ) -> tuple[list[Example], Counter[str]]:
     """The examples of all usable records, and how many were dropped for each reason.
-
     Raises ValueError: no record can be trained on, and one is `required`.
     """
     examples: list[Example] = []
@@ -84,21 +84,16 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
     `input_ids`, `attention_mask`, `labels` (B, T); `score_positions`, `targets` (B,).
     """
-    shape = len(examples), max(len(example.ids) for example in examples)
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        input_ids[row, : len(ids)] = ids
-        labels[row, example.prompt_length : len(ids)] = ids[example.prompt_length :]
-        mask[row, : len(ids)] = 1
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "score_positions": torch.tensor([example.score_position for example in examples]),
-        "targets": torch.tensor([example.target for example in examples]),
-    }
+    rows = [torch.tensor(example.ids) for example in examples]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+    for row, example in zip(labels, examples):
+        row[: example.prompt_length] = IGNORE_INDEX
+    positions = torch.tensor([example.score_position for example in examples])
+    targets = torch.tensor([example.target for example in examples])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return batch | {"score_positions": positions, "targets": targets}
 
 
 class LengthGroupedSampler(Sampler):

@@ -27,10 +27,8 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     built_for = [int(arch[3:].rstrip("abf")) // 10 for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     oldest = max(TRITON_CAPABILITY, min(built_for, default=0))
     if major < oldest:
-        raise RuntimeError(
-            f"{name} is too old (compute capability {major}.{minor}): this torch's kernels begin at {oldest}.0; "
-            "choose another GPU, on Kaggle 'GPU T4 x2'"
-        )
+        advice = f"this torch's kernels begin at {oldest}.0; choose another GPU, on Kaggle 'GPU T4 x2'"
+        raise RuntimeError(f"{name} is too old (compute capability {major}.{minor}): {advice}")
     if asked:
         return getattr(torch, asked), f"{asked} on {name}, as asked"
     # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, as on a T4.

@@ -1,11 +1,10 @@
 """Checks before the first step, on a real batch: what is trained is what the method says.
 
-A training framework may hand out other tensors than it is asked for, or train nothing, and the loss
-still looks fine.
+A framework may give other tensors than asked for, or train nothing, and the loss still looks fine.
 """
 
 import logging
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,17 +23,13 @@ SEQUENCES = 2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # Keeps small gradients above the least float16, as the scaler does in training.
 LOSS_FACTOR = 1024.0
-BACKEND_ADVICE = (
-    "this version of the training backend does not compute what it is asked for; "
-    "load_seed(..., backend='transformers') does"
-)
+BACKEND_ADVICE = "this training backend computes other things; load_seed(..., backend='transformers') does not"
 
 
 def preflight(
     trainer: CotRaftTrainer, examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocabulary, pad_id: int
 ) -> None:
     """Check loss, gradients and labels on the shortest sequences; changes no weight.
-
     Raises RuntimeError: the first fault found, in words.
     """
     shortest = sorted(examples, key=lambda example: len(example.ids))[:SEQUENCES]
@@ -43,7 +38,13 @@ def preflight(
     batch = {name: tensor.to(trainer.args.device) for name, tensor in collate(shortest, pad_id).items()}
     on_gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(on_gpus), trainer.compute_loss_context_manager():
-        check_hidden_size(model, batch)
+        width = model.config.get_text_config().hidden_size
+        with torch.no_grad():
+            found = hidden_states(model, batch["input_ids"], batch["attention_mask"]).shape[-1]
+        # A backend may give logits in their place.
+        if found != width:
+            fault = f"the hidden states are {found} wide, the model's are {width}"
+            raise RuntimeError(f"preflight: {fault}: {BACKEND_ADVICE}")
         loss, plain = check_loss(trainer, batch)
         count = check_gradients(trainer, batch)
     message = "preflight: loss %.4f, by the plain formula %.4f; all %d LoRA B matrices get a gradient"
@@ -56,19 +57,8 @@ def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocab
         label = spec.scale.labels[spec.scale.nearest(example.target)]
         spelled = vocabulary.decode([example.ids[example.score_position]])
         if spelled.strip() != label.strip():
-            raise RuntimeError(
-                f"preflight: a score token spells {spelled!r}, its gold label is {label!r}: "
-                "the spec belongs to another vocabulary"
-            )
-
-
-def check_hidden_size(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """The backend gives hidden states, and not logits in their place."""
-    width = model.config.get_text_config().hidden_size
-    with torch.no_grad():
-        found = hidden_states(model, batch["input_ids"], batch["attention_mask"]).shape[-1]
-    if found != width:
-        raise RuntimeError(f"preflight: the hidden states are {found} wide, the model's are {width}: {BACKEND_ADVICE}")
+            fault = f"a score token spells {spelled!r}, its gold label is {label!r}"
+            raise RuntimeError(f"preflight: {fault}: the spec belongs to another vocabulary")
 
 
 def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -81,9 +71,7 @@ def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple
         plain = plain_loss(trainer, batch).item()
     tolerance = TOLERANCE[compute_dtype(trainer.model)] * max(1.0, abs(plain))
     if not abs(loss - plain) <= tolerance:
-        raise RuntimeError(
-            f"preflight: the loss of a batch is {loss:.5g}, by the plain formula {plain:.5g}: {BACKEND_ADVICE}"
-        )
+        raise RuntimeError(f"preflight: the loss is {loss:.5g}, by the plain formula {plain:.5g}: {BACKEND_ADVICE}")
     return loss, plain
 
 
@@ -116,8 +104,6 @@ def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> 
     faulty = [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()]
     model.zero_grad()
     if faulty:
-        raise RuntimeError(
-            f"preflight: {len(faulty)} of {len(matrices)} LoRA B matrices get no usable gradient, such as "
-            f"{faulty[0]}: {BACKEND_ADVICE}"
-        )
+        fault = f"{len(faulty)} of {len(matrices)} LoRA B matrices get no usable gradient, such as {faulty[0]}"
+        raise RuntimeError(f"preflight: {fault}: {BACKEND_ADVICE}")
     return len(matrices)

@@ -36,8 +36,7 @@ def load_seed(
 
     `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
     `precision`: as in `pick_dtype`.
-    Raises RuntimeError: the card has no kernels in this torch, or Unsloth is asked for without
-        CUDA.
+    Raises RuntimeError: this torch has no kernels for the card, or there is no CUDA for Unsloth.
     Raises ValueError: an unknown backend or precision.
     """
     dtype, reason = pick_dtype(precision)
@@ -49,12 +48,16 @@ def load_seed(
         elif torch.cuda.is_available():
             advice = "pip install -r requirements-gpu.txt"
             logger.warning("unsloth is not installed, training is slower without it: %s", advice)
-    name = str(name_or_path)
     if backend == "unsloth":
-        return _load_with_unsloth(name, load_in_4bit, max_seq_length, dtype)
-    if backend == "transformers":
-        return _load_with_transformers(name, load_in_4bit, dtype)
-    raise ValueError(f"backend must be 'auto', 'unsloth' or 'transformers', got {backend!r}")
+        model, tokenizer = _load_with_unsloth(str(name_or_path), load_in_4bit, max_seq_length, dtype)
+    elif backend == "transformers":
+        model, tokenizer = _load_with_transformers(str(name_or_path), load_in_4bit, dtype)
+    else:
+        raise ValueError(f"backend must be 'auto', 'unsloth' or 'transformers', got {backend!r}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return model, tokenizer
 
 
 def open_seed_model(
@@ -67,7 +70,6 @@ def open_seed_model(
     **fields: Any,
 ) -> tuple[Any, Any, JudgeSpec]:
     """A seed model, its tokenizer, and the spec by which it is asked; see `SeedOptions`.
-
     Raises ValueError: the scale does not fit the model's vocabulary; else as `load_seed`.
     """
     free_memory()
@@ -92,23 +94,20 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype
         logger.warning("transformers was imported before unsloth: some of its speed-ups are lost")
     from unsloth import FastLanguageModel
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        name, max_seq_length=max_seq_length, load_in_4bit=load_in_4bit, dtype=dtype
-    )
+    options = {"max_seq_length": max_seq_length, "load_in_4bit": load_in_4bit, "dtype": dtype}
+    model, tokenizer = FastLanguageModel.from_pretrained(name, **options)
     setattr(model, UNSLOTH_MARK, True)
-    return model, _with_padding(tokenizer)
+    return model, tokenizer
 
 
 def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     tokenizer = AutoTokenizer.from_pretrained(name)
-    config = AutoConfig.from_pretrained(name)
     options: dict[str, Any] = {"dtype": dtype}
-    if load_in_4bit and not hasattr(config, "quantization_config"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    if load_in_4bit and not hasattr(AutoConfig.from_pretrained(name), "quantization_config"):
+        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = AutoModelForCausalLM.from_pretrained(name, **options)
@@ -117,14 +116,7 @@ def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -
         # it computes in bfloat16 from then on, and without a gradient.
         if hasattr(module, REPACKING_SWITCH):
             setattr(module, REPACKING_SWITCH, False)
-    return model, _with_padding(tokenizer)
-
-
-def _with_padding(tokenizer: Any) -> Any:
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
+    return model, tokenizer
 
 
 def add_lora(
@@ -136,10 +128,7 @@ def add_lora(
     gradient_checkpointing: bool = True,
     seed: int = 42,
 ) -> Any:
-    """A new adapter on all linear layers of the blocks; everything else is frozen.
-
-    Source: TRACT's settings (rank 8, alpha 16, dropout 0).
-    """
+    """A new adapter on all linear layers of the blocks, by TRACT's settings; all else is frozen."""
     from transformers import set_seed
 
     set_seed(seed)
@@ -203,7 +192,6 @@ def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
 
 def lm_head_weight(model: Any) -> torch.Tensor:
     """The vocabulary projection (V, H).
-
     Raises ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -212,10 +200,8 @@ def lm_head_weight(model: Any) -> torch.Tensor:
     if getattr(head, "bias", None) is not None:
         extras.append("a bias")
     if extras:
-        raise ValueError(
-            f"training needs a plain vocabulary projection, and this seed model adds {', '.join(extras)}: "
-            "choose one of the kinds Llama, Mistral, Qwen or Phi"
-        )
+        adds = f"{', '.join(extras)}: choose a Llama, Mistral, Qwen or Phi"
+        raise ValueError(f"training needs a plain vocabulary projection, and this seed model adds {adds}")
     return head.weight
 
 

@@ -64,7 +64,6 @@ class TrainSettings:
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches of one optimiser step in each process.
-
         Raises ValueError: `batch_size` can't be split so.
         """
         at_once = self.micro_batch_size * processes

@@ -16,7 +16,7 @@ from tract_lite.data.resume import claim
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.encode import Example, encode_records
+from tract_lite.training.encode import encode_records
 from tract_lite.training.preflight import preflight
 from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
 from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SeedOptions, TrainSettings
@@ -40,15 +40,13 @@ def train_adapter(
     gradient_checkpointing: bool = True,
     **options: Unpack[SeedOptions],
 ) -> Path:
-    """Train one stage: load the seed model, train a new adapter on the records, free the model.
+    """Train one stage (TRACT, section 3): a new adapter on the seed model, which is freed then.
 
     `seed_model`: a folder or a hub id. `settings` and `validation` as for `train_stage`, which
     leaves its files in `out`. A stage that is there is not trained again, and one that was stopped
     goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
     Raises ValueError: no usable record, or `out` holds a stage of other records or settings.
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
-
-    Source: TRACT, section 3 (both stages).
     """
     out = Path(out)
     if PartialState().is_main_process:
@@ -101,26 +99,24 @@ def train_stage(
     vocabulary = TransformersVocabulary(tokenizer)
     examples, dropped = encode_records(records, spec, vocabulary, required=True)
     validated, unscored = encode_records(validation, spec, vocabulary)
-    _warn(dropped, len(records), "records")
-    _warn(unscored, len(validation), "validation records")
+    for what, given, reasons in (("records", records, dropped), ("validation records", validation, unscored)):
+        for reason, number in sorted(reasons.items()):
+            logger.warning("%d of %d %s are dropped: %s", number, len(given), what, reason)
     for_training(model)
     trainer = CotRaftTrainer(model, examples, spec, tokenizer, out_dir, settings, validated)
     try:
         preflight(trainer, examples, spec, vocabulary, tokenizer.pad_token_id)
         trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(_memory_advice(examples, settings)) from error
-    result = {
-        "records": len(records),
-        "examples": len(examples),
-        "dropped": dict(dropped),
-        "validation": len(validated),
-        "kept_step": _take_best(trainer, out_dir),
-        "tokens_read": trainer.total_tokens,
-        "settings": asdict(settings),
-        "learning_rate": trainer.args.learning_rate,
-        "log": trainer.state.log_history,
-    }
+        count, longest = settings.micro_batch_size, max(len(example.ids) for example in examples)
+        asked = f"out of GPU memory with {count} sequences of up to {longest} tokens at once"
+        smaller = "micro_batch_size" if count > 1 else "max_length (longer records are dropped)"
+        advice = f"take a smaller {smaller}, gradient checkpointing, or a smaller seed model"
+        raise RuntimeError(f"{asked}: {advice}") from error
+    result: dict[str, Any] = {"records": len(records), "examples": len(examples), "dropped": dict(dropped)}
+    result |= {"validation": len(validated), "kept_step": _take_best(trainer, out_dir)}
+    result |= {"tokens_read": trainer.total_tokens, "settings": asdict(settings)}
+    result |= {"learning_rate": trainer.args.learning_rate, "log": trainer.state.log_history}
     if trainer.is_world_process_zero():
         adapter = out_dir / ADAPTER
         model.save_pretrained(adapter)
@@ -137,27 +133,11 @@ def newest_complete_checkpoint(folder: Path) -> str | None:
 
 
 def _take_best(trainer: CotRaftTrainer, out_dir: Path) -> int:
-    """Put the best validated adapter back into the model; returns its step.
-
-    The checkpoint is named by its step: a run folder may have been moved since.
-    """
+    """Put the best validated adapter back into the model; returns its step."""
     last, best = trainer.state.global_step, trainer.state.best_global_step
     if best in (None, last):
         return last
+    # By the step, and not by the path that Trainer knows: a run folder may have been moved since.
     set_peft_model_state_dict(trainer.model, load_file(out_dir / f"checkpoint-{best}" / SAFETENSORS_WEIGHTS_NAME))
     logger.info("kept the adapter of step %d of %d, the best on the validation records", best, last)
     return best
-
-
-def _warn(dropped: dict[str, int], count: int, what: str) -> None:
-    for reason, number in sorted(dropped.items()):
-        logger.warning("%d of %d %s are dropped: %s", number, count, what, reason)
-
-
-def _memory_advice(examples: Sequence[Example], settings: TrainSettings) -> str:
-    count, longest = settings.micro_batch_size, max(len(example.ids) for example in examples)
-    smaller = "micro_batch_size" if count > 1 else "max_length (longer records are dropped)"
-    return (
-        f"out of GPU memory with {count} sequences of up to {longest} tokens at once: take a smaller {smaller}, "
-        "gradient checkpointing, or a smaller seed model"
-    )

@@ -65,20 +65,11 @@ def make_toy_seed_model(
 
 
 def _train_vocabulary(folder: Path, texts: Iterator[str], size: int) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(texts).split("\n")),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=size,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        max_sentence_length=100_000,
-        minloglevel=2,
-    )
+    lines, prefix = iter("\n".join(texts).split("\n")), str(folder / "tokenizer")
+    kind: dict[str, Any] = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
+    kind |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "character_coverage": 1.0}
+    kind |= {"vocab_size": size, "hard_vocab_limit": False, "max_sentence_length": 100_000, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=prefix, **kind)
     (folder / "tokenizer.vocab").unlink()
     config = {**SPECIALS, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -95,18 +86,10 @@ def _texts(records: Sequence[Record], scale: ScoreScale, fields: dict[str, Any])
 
 def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, steps: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=8192,
-        initializer_range=0.05,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "max_position_embeddings": 8192}
+    shape |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": len(tokenizer)}
+    shape |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.05))
     examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer), required=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     cosine = torch.optim.lr_scheduler.LambdaLR(

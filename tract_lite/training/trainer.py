@@ -47,7 +47,6 @@ class CotRaftTrainer(Trainer):
         learning_rate, reason = settings.pick_learning_rate(steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)", len(examples), steps, learning_rate, reason)
         arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), bool(validation))
-        arguments.gradient_accumulation_steps = settings.accumulation(arguments.world_size)
         self.settings = settings
         self._lengths = [len(example.ids) for example in examples]
         self.total_tokens = sum(self._lengths) * steps / -(-len(examples) // settings.batch_size)
@@ -85,36 +84,25 @@ class CotRaftTrainer(Trainer):
         return batches, num_items
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         result = self.loss_of(model, inputs)
         self._meter.add(result, inputs)
-        return (result.loss, {"predictions": result.predictions}) if return_outputs else result.loss
+        return result.loss
 
-    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor]) -> CotRaftLoss:
-        """The loss of one micro-batch, by the counts of its step where it brings them."""
-        hidden = hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
-        return cot_raft_loss(
-            hidden,
-            self._head,
-            inputs["labels"],
-            inputs["score_positions"],
-            self.score_ids,
-            self.score_values,
-            inputs["targets"],
-            raft_weight=self.settings.raft_weight,
-            ce_on_score=self.settings.ce_on_score,
-            num_tokens=inputs.get("num_tokens"),
-            num_sequences=inputs.get("num_sequences"),
-        )
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, torch.Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple:
+    def prediction_step(self, model: Any, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             result = self.loss_of(model, inputs)
         return result.loss, result.predictions, inputs["targets"]
+
+    def loss_of(self, model: Any, inputs: dict[str, Any]) -> CotRaftLoss:
+        """The loss of one micro-batch, by the counts of its step where it brings them."""
+        batch = dict(inputs)
+        hidden = hidden_states(model, batch.pop("input_ids"), batch.pop("attention_mask"))
+        batch |= {"score_token_ids": self.score_ids, "score_values": self.score_values}
+        batch |= {"raft_weight": self.settings.raft_weight, "ce_on_score": self.settings.ce_on_score}
+        return cot_raft_loss(hidden, self._head, **batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -128,33 +116,19 @@ class CotRaftTrainer(Trainer):
 def _arguments(
     settings: TrainSettings, out_dir: Path, learning_rate: float, dtype: torch.dtype, validated: bool
 ) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(out_dir),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.micro_batch_size,
-        per_device_eval_batch_size=settings.micro_batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup_ratio,
-        max_grad_norm=settings.max_grad_norm,
-        optim=settings.optimizer,
-        weight_decay=0.0,
-        fp16=dtype == torch.float16,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        eval_strategy="steps" if validated else "no",
-        eval_steps=settings.save_every,
-        metric_for_best_model="rmse",
-        greater_is_better=False,
-        logging_steps=settings.log_every,
-        remove_unused_columns=False,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=settings.seed,
-    )
+    size, every, on_gpu = settings.micro_batch_size, settings.save_every, torch.cuda.is_available()
+    options: dict[str, Any] = {"num_train_epochs": settings.epochs, "max_steps": settings.max_steps}
+    options |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": size, "seed": settings.seed}
+    options |= {"learning_rate": learning_rate, "warmup_steps": settings.warmup_ratio}
+    options |= {"lr_scheduler_type": settings.scheduler, "optim": settings.optimizer, "weight_decay": 0.0}
+    options |= {"max_grad_norm": settings.max_grad_norm, "remove_unused_columns": False}
+    options |= {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
+    options |= {"use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
+    options |= {"save_steps": every, "save_total_limit": 2, "logging_steps": settings.log_every, "report_to": "none"}
+    options |= {"eval_strategy": "steps" if validated else "no", "eval_steps": every}
+    options |= {"metric_for_best_model": "rmse", "greater_is_better": False}
+    arguments = TrainingArguments(str(out_dir), **options)
+    arguments.gradient_accumulation_steps = settings.accumulation(arguments.world_size)
     # Several GPUs and no launcher: Trainer would multiply the batch, and spread the model.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -180,7 +154,10 @@ class _Meter:
         self._since = time.perf_counter()
 
     def add(self, result: CotRaftLoss, inputs: dict[str, torch.Tensor]) -> None:
-        self._peak_bytes = max(self._peak_bytes, _memory_in_use())
+        # The most so far on the GPU where there is one, else what the process has now.
+        on_gpu = torch.cuda.is_available()
+        in_use = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        self._peak_bytes = max(self._peak_bytes, in_use)
         errors = (result.predictions - inputs["targets"])[result.predictions.isfinite()].abs()
         count = torch.tensor(len(errors), device=self._device)
         steps, tokens = count / inputs["num_sequences"], inputs["attention_mask"].sum()
@@ -191,20 +168,9 @@ class _Meter:
         ce, squared, absolute, scores, steps, tokens = accelerator.reduce(self._sums, "sum").tolist()
         seconds = time.perf_counter() - self._since
         self._reset()
-        return {
-            "ce": ce / max(steps, 1e-9),
-            "raft": squared / max(steps, 1e-9),
-            "score_mae": absolute / max(scores, 1),
-            "tokens_per_second": tokens / seconds,
-            "peak_memory_gb": self._peak_bytes / 2**30,
-        }
-
-
-def _memory_in_use() -> int:
-    """Bytes: the most so far on the GPU where there is one, else what the process has now."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+        steps, scores = max(steps, 1e-9), max(scores, 1)
+        figures = {"ce": ce / steps, "raft": squared / steps, "score_mae": absolute / scores}
+        return figures | {"tokens_per_second": tokens / seconds, "peak_memory_gb": self._peak_bytes / 2**30}
 
 
 class _ShowFigures(ProgressCallback):
