@@ -37,10 +37,7 @@ PLATFORMS: dict[str, dict[str, Any]] = {
         "metadata": {"kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True}},
     },
 }
-KERNEL = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def notebook_file(platform: str) -> Path:
@@ -65,7 +62,8 @@ def build(platform: str) -> str:
     # Odd parts stood in a fence.
     makers = (nb.new_markdown_cell, nb.new_code_cell)
     cells = [makers[n % 2](part.strip("\n"), id=f"cell-{n}") for n, part in enumerate(parts) if part.strip()]
-    notebook = nb.new_notebook(cells=cells, metadata=KERNEL | PLATFORMS[platform]["metadata"], nbformat_minor=5)
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}, **PLATFORMS[platform]["metadata"]}
+    notebook = nb.new_notebook(cells=cells, metadata=metadata, nbformat_minor=5)
     return nb.writes(notebook) + "\n"
 
 

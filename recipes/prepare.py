@@ -28,10 +28,8 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
     data = run.data(read_splits, **preset.splits)
     if preset.seed_model is None:
         if own_data:
-            logger.warning(
-                "no --seed-model: a toy is trained on the text of the data, to show the way; for a judge of use, "
-                "choose a real one"
-            )
+            way = "to show the way; for a judge of use, choose a real one"
+            logger.warning("no --seed-model: a toy is trained on the text of the data, %s", way)
             answered = [replace(record, feedback=record.feedback or record.response) for record in data.training]
             made = _toy_seed_model(preset, answered, vocabulary_size=4000, steps=100)
         else:

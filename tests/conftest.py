@@ -18,8 +18,18 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest runs first, so that no worker waits for them at the end."""
+    """The longest runs first, so that no worker waits for them at the end.
+
+    Vocabularies of real models are large, and come on top: a quick answer does without them.
+    """
+    from tiny import REAL
+
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(value in REAL for value in values if isinstance(value, str)):
+            item.add_marker(pytest.mark.export)
     items.sort(key=lambda item: "demo_run" not in item.fixturenames)
 
 

@@ -22,21 +22,17 @@ MEASURED_BATCHES, MEASURED_TOKENS = 3, 16
 
 
 def estimate_run(
-    records: Sequence[Record],
-    settings: TrainSettings,
-    *,
-    parallel: int,
-    gradient_checkpointing: bool = True,
-    **options: Any,
+    records: Sequence[Record], settings: TrainSettings, *, parallel: int, **options: Any
 ) -> dict[str, float]:
     """Seconds that one `stage` on the records and the `reasonings` between the stages will take.
 
-    Trains nothing: a few passes of a new adapter are measured. `options` say how the seed model is
-    loaded and asked, as for `train_adapter`; `parallel` reasonings are written at once.
+    Trains nothing: a few passes of a new adapter are measured. `options` are those of
+    `train_adapter`; `parallel` reasonings are written at once.
     Raises ValueError: no record can be trained on.
     """
+    checkpointing = options.pop("gradient_checkpointing", True)
     model, tokenizer, spec = open_seed_model(**options)
-    model = add_lora(model, gradient_checkpointing=gradient_checkpointing)
+    model = add_lora(model, gradient_checkpointing=checkpointing)
     examples, _ = encode_records(records, spec, TransformersVocabulary(tokenizer), required=True)
     with TemporaryDirectory() as folder:
         trainer = CotRaftTrainer(model, examples, spec, tokenizer, Path(folder), settings)

@@ -168,8 +168,7 @@ def preset_of_machine() -> str:
     if not torch.cuda.is_available():
         logger.warning("no GPU here: this is a quick run in demo size on the CPU")
         return "quick"
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return "24gb" if memory > T4_BYTES else "t4"
+    return "24gb" if torch.cuda.get_device_properties(0).total_memory > T4_BYTES else "t4"
 
 
 def preset_for(options: StageOptions) -> Preset:

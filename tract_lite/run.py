@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -101,10 +102,8 @@ class Run:
         counts |= {key: len(read_rows(self / file)) for key, file in names.items() if (self / file).exists()}
         for file in (SEED_REASONINGS, OWN_REASONINGS):
             if (self / file).exists():
-                reasons: dict[str, int] = {}
-                for row in read_rows((self / file).with_suffix(".rejected.jsonl")):
-                    reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-                counts[Path(file).stem] = {"kept": len(read_rows(self / file)), "rejected": reasons}
+                reasons = Counter(row["reason"] for row in read_rows((self / file).with_suffix(".rejected.jsonl")))
+                counts[Path(file).stem] = {"kept": len(read_rows(self / file)), "rejected": dict(reasons)}
         shown = ("records", "examples", "dropped", "validation", "kept_step")
         for name, stage in self.stages().items():
             counts[name] = {key: stage[key] for key in shown if key in stage}

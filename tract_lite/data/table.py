@@ -3,7 +3,7 @@
 import csv
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from tract_lite.data.jsonl import replacing
 
@@ -38,20 +38,19 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _write_csv(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:
+def _write_csv(path: Path, columns: Mapping[str, str], rows: Iterator[Row]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Row]) -> None:
+def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterator[Row]) -> None:
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
     types = {"string": pyarrow.string(), "double": pyarrow.float64(), "bool": pyarrow.bool_()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
-    rows = iter(rows)
     with ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, 4096)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
