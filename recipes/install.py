@@ -40,9 +40,8 @@ def check_torch(requirements: list[Requirement]) -> None:
     torch = next(requirement for requirement in requirements if requirement.name == "torch")
     if installed("torch") and not is_met(torch):
         raise RuntimeError(
-            f"this platform has torch {installed('torch')}, and tract-lite is made for torch "
-            f"{torch.specifier}: choose another version of the platform's environment (on Colab "
-            "'Runtime', 'Change runtime type'; on Kaggle 'Settings', 'Environment')"
+            f"this platform has torch {installed('torch')}, and tract-lite is made for torch {torch.specifier}: "
+            "choose another environment (Colab: 'Runtime', 'Change runtime type'; Kaggle: 'Settings', 'Environment')"
         )
 
 

@@ -1,7 +1,6 @@
 """tract-lite: teach a language model to judge text with numbers, and run it from one GGUF file.
 
-The public names stand in `__init__.pyi`, for editors and for this module, which imports them on
-first use: judging a GGUF file needs no torch.
+The public names stand in `__init__.pyi` and are imported on first use: judging needs no torch.
 """
 
 import logging

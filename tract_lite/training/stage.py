@@ -1,5 +1,6 @@
 """One stage of CoT-RAFT training, from records to an adapter; the method calls it twice."""
 
+import hashlib
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from tract_lite.data.jsonl import write_json
 from tract_lite.data.resume import claim
-from tract_lite.record import Record, digest
+from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import encode_records
@@ -72,7 +73,8 @@ def train_adapter(
 
 def _digest(records: Sequence[Record]) -> str:
     """A hash of what is learnt from the records."""
-    return digest([[r.key, r.score, r.feedback, list(r.feedback_ids or ())] for r in records])
+    learnt = repr([(record.key, record.score, record.feedback, record.feedback_ids) for record in records])
+    return hashlib.sha256(learnt.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def train_stage(
