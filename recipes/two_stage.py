@@ -59,7 +59,7 @@ def two_stage(options: RunOptions, run: Run) -> None:
     run.begin(settings_of(options))
     preset, data = prepare(preset_for(options), run)
 
-    # p0: the seed model, as both stages start from it.
+    # What both stages share: the seed model (p_0), how it is asked, and how it is trained.
     seed = preset.seed
     p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
     judge_of = partial(Judge.from_adapter, precision=preset.precision, parallel=preset.parallel)
@@ -69,10 +69,10 @@ def two_stage(options: RunOptions, run: Run) -> None:
     if not run.stages():
         estimate_run(training, parallel=preset.parallel, **p0)
 
-    # Stage 1: learn to judge from the reasonings that annotators wrote (p_a).
+    # Stage 1: learn from the reasonings in the data (p_a), or from the seed model's own.
     p_s = train_adapter(training, run / "stage1", validation=validation, **p0)
 
-    # The stage-1 judge writes its own reasoning for every item. Its score goes, the gold one stays.
+    # The stage-1 judge writes its own reasoning for every item. Its score is thrown away.
     own = run.once("self_generated.jsonl", write_reasonings, partial(judge_of, p_s), records)
     training, validation = apart(read_records(own), data.validation)
 

@@ -178,7 +178,7 @@ def test_rows_that_were_made_otherwise_are_refused_with_a_line_for_each_thing(pa
     with pytest.raises(ValueError) as refused:
         ResumableRows(path).claim({**HOW, "n_cot": 4, "fingerprint": "cd", "adapter": "ef"}, SHAPE)
     first, *lines = str(refused.value).splitlines()
-    assert first == f"{tmp_path / 'rows.run.json'} is of other settings, choose another output or these:"
+    assert first == f"{tmp_path / 'rows.run.json'} was made with other settings: choose another output, or these again:"
     assert [line.strip() for line in lines] == [
         "fingerprint: 'ab' there, 'cd' now",
         "n_cot: 1 there, 4 now",

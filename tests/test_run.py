@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_its_own_settings(run: Run) -> None:
 def test_other_settings_are_refused_with_a_line_for_each_thing_that_differs(run: Run) -> None:
     run.begin(SETTINGS)
     run.once("one.txt", write_word, "first")
-    with pytest.raises(ValueError, match="of other settings") as refused:
+    with pytest.raises(ValueError, match="with other settings") as refused:
         run.begin({**SETTINGS, "epochs": 3.0, "data": "mine.csv", "data_sha256": "ab"})
     lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
     assert lines == [
@@ -147,7 +147,7 @@ def test_a_file_made_elsewhere_is_kept_in_the_folder(run: Run, tmp_path: Path) -
     (tmp_path / "judge-q8_0.gguf").write_bytes(b"GGUF")
     kept = run.keep(tmp_path / "judge-q8_0.gguf")
     assert run.keep(kept) == kept == run / "judge-q8_0.gguf"
-    assert kept.read_bytes() == b"GGUF" and run.judges() == [kept]
+    assert kept.read_bytes() == b"GGUF" and run.gguf_files() == [kept]
 
 
 def test_what_somebody_says_of_the_items_is_kept_beside_the_judges(run: Run) -> None:

@@ -145,7 +145,7 @@ class Judge:
 
         A record that can't be judged gives a judgement with `error`. With `reasonings` (for each
         record, the ids of its reasonings) nothing is sampled: their scores are read. An error of
-        `records` is raised after the judgements before it, one of the engine at once.
+        iterating `records` comes after the judgements before it, one of the engine at once.
 
         `resume` names a JSONL file: judgements are added to it as they come, and records that have
         theirs there are not judged again, unless they failed.
@@ -209,7 +209,7 @@ class Judge:
                 raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
             count = n_cot if given is None else len(given)
             if count < 1:
-                raise ValueError("no reasoning is asked for")
+                raise ValueError("n_cot must be at least 1")
             seeds = [sample_seed(seed, f"{record.id}/{record.key}", number) for number in range(count)]
             return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
         except Exception as error:  # whatever one record makes fail: the others can be judged

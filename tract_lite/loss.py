@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class CotRaftLoss:
-    """`loss` = `ce` + raft_weight * `raft`; all scalars, the last two detached.
+    """`loss` = `ce` + raft_weight * `raft`: three scalars, of which `loss` alone has a gradient.
 
     `predictions` (B,): the RAIL expectation of each row, NaN where a row has no score.
     """

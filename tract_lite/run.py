@@ -134,12 +134,12 @@ class Run:
         return kept
 
     def keep_judged(self, name: str, judgements: Iterable[Judgement]) -> None:
-        """Keep what somebody says of the held-out items, to be compared with the run's judges."""
+        """Keep another judge's word on the held-out items, to be compared with those of the run."""
         path = self / JUDGED / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, (judgement.to_row() for judgement in judgements))
 
-    def judges(self) -> list[Path]:
+    def gguf_files(self) -> list[Path]:
         """The GGUF files of the judge."""
         return sorted(self.folder.glob("judge-*.gguf"))
 
@@ -164,5 +164,5 @@ class Run:
         return read_records(path) if path.stat().st_size else []
 
     def _first(self) -> ContextManager[Any]:
-        """What the first process does inside, the others then find done."""
+        """The first process runs what is inside; the others wait for it, and then find it done."""
         return self._processes.main_process_first() if self._processes else nullcontext()

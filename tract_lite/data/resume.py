@@ -12,7 +12,7 @@ from tract_lite.record import Record
 
 Row = Mapping[str, Any]
 
-# So many records are held at most while those before them are judged and they have their rows.
+# Records that wait at most for an earlier one that is still being judged.
 MOST_WAITING = 1000
 
 
@@ -26,7 +26,9 @@ def claim(file: Path, how: Row) -> None:
         raise ValueError(f"{file} is damaged ({error}): choose another output") from error
     if other:
         lines = [f"{name}: {before.get(name)!r} there, {how[name]!r} now" for name in other]
-        raise ValueError("\n  ".join([f"{file} is of other settings, choose another output or these:", *lines]))
+        raise ValueError(
+            "\n  ".join([f"{file} was made with other settings: choose another output, or these again:", *lines])
+        )
     if not file.exists():
         write_json(file, how)
 
@@ -92,8 +94,7 @@ class ResumableRows:
     def fill(self, records: Iterable[Record], make: Callable[[Iterator[Record]], Iterable[Row]]) -> Iterator[Row]:
         """The row of each record in order: its own, or for those without one what `make` gives.
 
-        Each new row is appended as it comes, with the gold score of its record. Where many records
-        in a row have theirs, `make` is called anew.
+        Each is appended as it comes, with its record's gold score; `make` may be called again.
         """
         records = iter(records)
         for record in records:

@@ -1,7 +1,7 @@
 """llama.cpp as an engine: many sequences decoded at once over a shared prompt cache.
 
 Each sample of a task works with a slot of `sequences.py`. Sampling adds an id to what the slot is
-to hold; a finished reasoning makes that prompt, cut reasoning and marker, and the score is read.
+to hold; after the last one it is to hold prompt, reasoning and marker, and the score is read.
 """
 
 import sys
@@ -72,7 +72,7 @@ class LlamaEngine(Engine):
             raise ValueError(f"{path} is a recurrent model, which can't be set back to its prompt")
         self.vocabulary = GGUFVocabulary(self._model)
         self._adapters: dict[Path, tuple[Any, JudgeSpec | None]] = {}
-        self.identity = {"fingerprint": fingerprint(path), "adapter": None}
+        self.identity = {"fingerprint": fingerprint(path), "adapter": fingerprint(adapter) if adapter else None}
         pointer, found = self._adapter(adapter) if adapter else (None, spec_of(self._model))
         self.spec = self._checked(spec, found, adapter or path)
         self.context_length = context_length or min(self.spec.max_length, llama.llama_model_n_ctx_train(self._model))
@@ -98,13 +98,12 @@ class LlamaEngine(Engine):
             raise RuntimeError("the engine is closed, or inside a run")
         pointer, found = self._adapter(path)
         self.spec = self._checked(spec, found, path)
+        self.identity["adapter"] = fingerprint(path)
         self._context.use_adapter(pointer)
 
     def _adapter(self, path: str | Path) -> tuple[Any, JudgeSpec | None]:
-        key = Path(path).resolve()
-        if key not in self._adapters:
+        if (key := Path(path).resolve()) not in self._adapters:
             self._adapters[key] = load_adapter(self._model, path)
-        self.identity["adapter"] = fingerprint(path)
         return self._adapters[key]
 
     def _checked(self, spec: SpecSource | None, found: JudgeSpec | None, path: str | Path) -> JudgeSpec:

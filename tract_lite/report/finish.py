@@ -49,8 +49,8 @@ def finish_run(
     for folder in (run.folder, *filter(Path.is_dir, map(Path, cards))):
         write_model_card(run.folder, folder)
     print(f"\n{format_table(metrics['rows'])}\n")
-    for judge in run.judges():
-        print(f"judge:  {judge}")
+    for file in run.gguf_files():
+        print(f"judge:  {file}")
     print(f"report: {write_report(run.folder)}\nall:    {run.folder}/")
     return metrics
 

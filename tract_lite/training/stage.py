@@ -51,7 +51,7 @@ def train_adapter(
     """
     out = Path(out)
     if PartialState().is_main_process:
-        # What is not given is None, so that it differs from what was.
+        # Left-out options are None here, so that leaving one out at a second call is a change.
         how = {**dict.fromkeys(SeedOptions.__annotations__), **options, "seed_model": str(seed_model)}
         how |= {"sampling": options.get("sampling") and asdict(options["sampling"])}
         how |= {"scale": asdict(scale), "settings": asdict(settings)}
