@@ -69,15 +69,15 @@ def cot_raft_loss(
     token_mask = is_token[rows, positions + 1]
     score_mask = is_score[rows, positions + 1]
 
-    num_tokens = _at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
-    num_sequences = _at_least_one(score_mask.sum() if num_sequences is None else num_sequences, labels)
+    tokens = _at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
+    sequences = _at_least_one(score_mask.sum() if num_sequences is None else num_sequences, labels)
     # The gradient is formed in the forward pass, so each position carries its final weights.
     loss, ce, raft, expected = _CotRaft.apply(
         hidden_states[rows, positions],
         lm_head_weight,
         labels[rows, positions + 1].clamp(min=0),
-        token_mask.to(dtype) / num_tokens.to(dtype),
-        score_mask.to(dtype) / num_sequences.to(dtype),
+        token_mask.to(dtype) / tokens.to(dtype),
+        score_mask.to(dtype) / sequences.to(dtype),
         targets.to(dtype)[rows].where(score_mask, 0),
         score_token_ids,
         score_values.to(dtype),
