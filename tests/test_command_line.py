@@ -148,7 +148,7 @@ def test_what_judged_the_rows_stands_beside_them(folder, whole, tmp_path):
     "options, words",
     [
         (("--n-cot", 1), "n_cot: 2 there, 1 now"),
-        (("--n-cot", 2, "--seed", 7), "choose another output or these: seed: 0 there, 7 now"),
+        (("--n-cot", 2, "--seed", 7), "or these again: seed: 0 there, 7 now"),
         (("--n-cot", 1, "--seed", 7), "n_cot: 2 there, 1 now; seed: 0 there, 7 now"),
         (("--n-cot", 2, "--spec", "{spec}"), "spec_sha256: '"),
         (("--n-cot", 2, "{other}"), "fingerprint: '"),

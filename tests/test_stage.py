@@ -282,7 +282,9 @@ def test_a_stage_of_something_else_is_refused_with_what_differs(
     names = sorted(path.name for path in out.iterdir())
     asked = {"records": make_records(), "validation": make_records(6, seed=1), "seed_model": seed_model, **STAGE}
     asked = {name: value for name, value in {**asked, **change}.items() if value is not ...}
-    with pytest.raises(ValueError, match=f"other settings, choose another output or these:\n  {words}") as refusal:
+    with pytest.raises(
+        ValueError, match=f"other settings: choose another output, or these again:\n  {words}"
+    ) as refusal:
         train_adapter(asked.pop("records"), out, **asked)
     assert len(str(refusal.value).splitlines()) == 2
     assert sorted(path.name for path in out.iterdir()) == names
