@@ -12,6 +12,7 @@ from judges import make_wide_judge
 from llama_cpp import llama_model_free
 from tiny import (
     BYTE_LEVEL,
+    ODD_TEXTS,
     REAL,
     SHARED,
     gguf_weights,
@@ -33,25 +34,6 @@ from tract_lite.record import Annotation, Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
-
-ODD_TEXTS = [
-    " leads with a space",
-    "  with two",
-    "ends with one ",
-    "two  inside",
-    "a\ttab\n\nlines",
-    "naïve café, 東京, Привет, 🙂👍🏽",
-    "zero\u200bwidth \u00a0 no-break",
-    "a",
-    "\n",
-    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
-    "3.14159 1,000,000 10 5/5",
-    "e\u0301 combining",
-    "\u2581 underline",
-    " ",
-    "So the overall score is 3",
-    "def f(x):\n    return {'a': x[0]}  # code",
-]
 
 
 def changed(spec: JudgeSpec, **fields) -> JudgeSpec:

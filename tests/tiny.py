@@ -71,6 +71,25 @@ FAMILIES = {
 WORDS = """the response answer reasoning is clear short wrong right kind and but so it does not
 give any reason example of why how this works overall score follows lacks cites source step by
 instruction rubric with without very quite helpful honest careful vague 1 2 3 4 5 2024""".split()
+# What vocabularies are likely to read differently.
+ODD_TEXTS = [
+    " leads with a space",
+    "  with two",
+    "ends with one ",
+    "two  inside",
+    "a\ttab\n\nlines",
+    "naïve café, 東京, Привет, 🙂👍🏽",
+    "zero\u200bwidth \u00a0 no-break",
+    "a",
+    "\n",
+    "</s> <s> <|eot_id|> <|im_end|> <|endoftext|> [INST]",
+    "3.14159 1,000,000 10 5/5",
+    "e\u0301 combining",
+    "\u2581 underline",
+    " ",
+    "So the overall score is 3",
+    "def f(x):\n    return {'a': x[0]}  # code",
+]
 
 
 def make_sentences(count: int = 400, seed: int = 0) -> list[str]:
