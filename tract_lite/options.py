@@ -8,6 +8,11 @@ from typing import Any, Mapping, TypeVar
 
 Chosen = TypeVar("Chosen")
 
+GROUPS = {
+    "data": "the rows",
+    "file": "a GGUF file",
+    "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)",
+}
 _TYPES = {"int": int, "float": float, "str": str, "tuple[str, ...]": str}
 
 
@@ -23,9 +28,10 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type[Any], groups: Mapping[str, str] | None = None) -> None:
+def add_flags(parser: argparse.ArgumentParser, kind: type[Any], groups: Mapping[str, str] = GROUPS) -> None:
     """Add a flag for each field of a dataclass of options; `groups` has the groups' titles."""
-    places = {name: parser.add_argument_group(title) for name, title in (groups or {}).items()}
+    used = {item.metadata["group"] for item in fields(kind)}
+    places = {name: parser.add_argument_group(title) for name, title in (groups or {}).items() if name in used}
     for item in fields(kind):
         name, told = str(item.type).removesuffix(" | None"), dict(item.metadata["flag"])
         if name == "bool":
@@ -54,19 +60,29 @@ def options_from(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
     return kind(**chosen)
 
 
-GROUPS = {"file": "a GGUF file", "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)"}
+@dataclass(frozen=True)
+class DataOptions:
+    """What a user may choose for reading rows; None leaves it to what stands in them."""
+
+    format: str = option("auto", "jsonl, json, csv, tsv, xlsx, parquet or hub (by name)", group="data", metavar="NAME")
+    split: str | None = option(None, "split of a hub data set (train)", group="data", metavar="NAME")
+    encoding: str | None = option(None, "of a text file (utf-8, utf-16, Excel's cp1252)", group="data", metavar="NAME")
+    columns: tuple[str, ...] | None = option(
+        None, "columns by field, as in response=Answer score=Rating", group="data", metavar="FIELD=COLUMN"
+    )
+    criteria: str | None = option(None, "what makes a score, for all rows", group="data", metavar="TEXT")
+    rubric: str | None = option(None, "file of a rubric for all rows (JSON, or a text)", group="data", metavar="FILE")
+    skip_bad: bool = option(False, "leave unusable rows out", group="data")
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
+class JudgeOptions(DataOptions):
     """What a user may choose for judging a file; None leaves it to the judge."""
 
     n_cot: int = option(1, "reasonings per item", least=1)
     seed: int = option(0, "seed of the sampling")
     parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
     spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
-    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
-    skip_bad: bool = option(False, "leave unusable rows out")
     adapter: str | None = option(None, "a judge's adapter (GGUF) on top of MODEL", group="file")
     threads: int | None = option(None, "CPU threads (one per CPU)", group="file", least=1)
     gpu_layers: int | None = option(None, "layers on the GPU (all)", group="file")
@@ -77,12 +93,11 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True)
-class ReasonOptions:
+class ReasonOptions(DataOptions):
     """What a user may choose for the reasonings of a trained adapter."""
 
     seed: int = option(0, "seed of the sampling")
     parallel: int = option(16, "sequences decoded at once", least=1)
-    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,30 @@ class ScoreScale:
 
     @classmethod
     def parse(cls, text: str) -> "ScoreScale":
-        """The scale that a text names: "1-5" or "-2-2". Raises ValueError: it names none."""
+        """The scale that a text names: "1-5", "-2-2" or, with labels, "bad=0,ok=0.5,good=1".
+        Raises ValueError: it names none.
+        """
+        if "=" in text:
+            return cls._of_labels(text)
         ends = re.fullmatch(r"\s*([+-]?\d+)\s*-\s*([+-]?\d+)\s*", text)
         if not ends or int(ends[1]) >= int(ends[2]):
             raise ValueError(f"the scale {text!r} can't be read: give its lowest and highest score, as in 1-5")
         return cls.integers(int(ends[1]), int(ends[2]))
+
+    @classmethod
+    def _of_labels(cls, text: str) -> "ScoreScale":
+        pairs = [pair.rpartition("=") for pair in text.split(",")]
+        try:
+            return cls(tuple(label.strip() for label, _, _ in pairs), tuple(float(value) for _, _, value in pairs))
+        except ValueError as error:
+            raise ValueError(f"the scale {text!r} can't be read: give label=value, with commas ({error})") from error
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        low, high = int(self.values[0]), int(self.values[-1])
+        if low < high and self == ScoreScale.integers(low, high):
+            return f"{low}-{high}"
+        return ",".join(f"{label}={value:g}" for label, value in zip(self.labels, self.values))
 
     def contains(self, score: float) -> bool:
         """Whether a score, perhaps between two labels, lies on the scale."""
@@ -74,11 +93,18 @@ def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) ->
     if tokens := _score_tokens(vocabulary, marker, scale):
         return tokens
     common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
-    fitting = [f"{s.labels[0]} to {s.labels[-1]}" for s in common if _score_tokens(vocabulary, marker, s)]
+    fitting = [str(one) for one in common if _score_tokens(vocabulary, marker, one)]
+    fits = f"the scales {', '.join(fitting)} fit" if fitting else "no usual scale fits, so choose another seed model"
     anchor = len(vocabulary.encode(ANCHOR))
-    pieces = {label: vocabulary.pieces(vocabulary.encode(f"{ANCHOR} {label}")[anchor:]) for label in scale.labels}
-    fits = f"scales that fit: {', '.join(fitting) or 'none of the common ones'}"
-    raise ValueError(f"each label must be one token of its own in this vocabulary, found {pieces}; {fits}")
+    encoded = {label: vocabulary.encode(f"{ANCHOR} {label}")[anchor:] for label in scale.labels}
+    # A space before the label may be a token, and is not the label's.
+    counts = {label: sum(bool(vocabulary.decode([i]).strip()) for i in ids) for label, ids in encoded.items()}
+    several = [label for label, count in counts.items() if count > 1]
+    fault = f"the labels {scale} are not told apart by one token each in this vocabulary"
+    if several:
+        share = f" ({len(several)} of {len(counts)} labels take several)" if len(several) > 1 else ""
+        fault = f"the label {several[0]} takes {counts[several[0]]} tokens in this vocabulary{share}"
+    raise ValueError(f"{fault}\neach label must be one token of its own: {fits}")
 
 
 def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens | None:

@@ -10,6 +10,7 @@ from typing import Sequence
 
 from tqdm.auto import tqdm
 
+from tract_lite.data.columns import Columns
 from tract_lite.data.formats import record_to_row, to_record
 from tract_lite.data.resume import ResumableRows
 from tract_lite.judge import Judge
@@ -41,7 +42,8 @@ def generate_cots(
             [text], [ids] = judgement.feedback, judgement.feedback_ids
             kept.append(record, record_to_row(replace(record, feedback=text, feedback_ids=tuple(ids))))
     reasons = Counter(row["reason"] for row in rejected.rows())
-    reasoned = [to_record(row, row["id"]) for row in kept.rows()]
+    columns = Columns()
+    reasoned = [to_record(row, columns) for row in kept.rows()]
     if not reasoned:
         fault = f"the judge wrote no usable reasoning for any of {len(records)} records ({dict(reasons)})"
         raise ValueError(f"{fault}: train stage 1 for longer, or allow more new tokens")

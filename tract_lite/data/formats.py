@@ -1,117 +1,204 @@
-"""A row to a record: plain, of the Feedback Collection, or of a Prometheus benchmark."""
+"""A row to a record: plain, a conversation, of the Feedback Collection, or of a benchmark."""
 
-import math
 import re
 from dataclasses import asdict, replace
 from reprlib import repr as shorten
 from statistics import fmean
 from typing import Any, Mapping
 
+from tract_lite.data.columns import BENCHMARK, Columns, Fields, is_text, listed
+from tract_lite.data.conversations import joined, looks_like_turns, read_turns, split_turns
+from tract_lite.data.rubrics import parse_rubric, text_of
+from tract_lite.data.scores import parse_score
 from tract_lite.record import Annotation, Record, Rubric
 from tract_lite.scale import ScoreScale
 
-Row = Mapping[str, Any]
+# What a ready prompt holds already, where it is one.
+_ASKED = ("instruction", "input", "criteria", "rubric", "reference")
 
 
 def record_to_row(record: Record) -> dict[str, Any]:
-    """A plain row that `to_record` reads back as this one, without its annotations."""
+    """A plain row that `to_record` reads back as this one, without its annotations.
+
+    Of a record with a ready prompt, texts that are not asked are left out.
+    """
     row = asdict(replace(record, annotations=()))
-    return {name: value for name, value in row.items() if value not in (None, "", ())}
+    unasked = () if record.prompt is None else ("instruction", "response", "rubric", "reference")
+    return {k: v for k, v in row.items() if k not in unasked and (v not in (None, "", ()) or k == "response")}
 
 
-def to_record(row: Any, position: str, scale: ScoreScale | None = None) -> Record:
-    """The record of a row, with `position` for a missing id. Raises ValueError: what is wrong."""
+def to_record(
+    row: Any,
+    columns: Columns,
+    scale: ScoreScale | None = None,
+    rubric: Rubric | None = None,
+    unread_golds: list[str] | None = None,
+) -> Record:
+    """The record of a row, without an id where the row has none; `rubric` in place of its own.
+
+    What is wrong with its gold score is added to `unread_golds`, if given.
+    Raises ValueError: what is wrong with the row.
+    """
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must have named columns, got {shorten(row)}")
-    if {"gpt4_feedback", "gpt4_score"} <= row.keys():
-        record = _from_benchmark(row)
-    elif "orig_response" in row:
-        record = _from_feedback_collection(row)
+    fields, parts = columns.fields(row), list[str]()
+    if all(name in fields for name in BENCHMARK):
+        record = _from_benchmark(fields, scale)
     else:
-        record = _from_plain(row)
-    if not record.prompt and not record.response:
-        raise ValueError(f"neither a prompt nor a response; its columns: {', '.join(row)}")
-    for score in (record.score, *(annotation.score for annotation in record.annotations)):
-        if scale and score is not None and not scale.contains(score):
-            raise ValueError(f"score {score:g} is outside the scale {scale.values}")
-    return replace(record, id=_text(row, "id") or position)
+        record = _asked(row, fields, columns, parts)
+        if record.prompt is None:
+            reference = _text(fields, "reference")
+            record = replace(record, rubric=rubric or _rubric(fields, parts), reference=reference)
+        record = replace(
+            record,
+            score=_score(fields, scale, unread_golds),
+            feedback=_feedback(row, fields),
+            feedback_ids=_feedback_ids(fields),
+        )
+    if rubric and record.prompt is not None:
+        raise ValueError("a ready prompt is asked as it stands: --criteria or --rubric would not be asked")
+    record = replace(record, id=_text(fields, "id"))
+    columns.count(row, fields, parts)
+    return record
 
 
-def _from_plain(row: Row) -> Record:
-    return Record(
-        instruction=_text(row, "instruction") or "",
-        response=_text(row, "response") or "",
-        rubric=_rubric(row),
-        reference=_text(row, "reference") or _text(row, "reference_answer"),
-        score=_number(row, "score"),
-        feedback=_text(row, "feedback"),
-        prompt=_text(row, "prompt"),
-        feedback_ids=_feedback_ids(row),
-    )
+def _asked(row: Mapping[str, Any], fields: Fields, columns: Columns, parts: list[str]) -> Record:
+    """What is asked: a ready prompt, a conversation, or an instruction and a response.
+
+    A `prompt` beside a response is its instruction; alone, it is ready and asked as it stands.
+    """
+    if fields.filled("messages"):
+        return _from_turns(fields, parts)
+    beside = [name for name in _ASKED if fields.filled(name)]
+    nothing_else = "instruction" in fields and not beside and not fields.filled("response")
+    if fields.filled("prompt") and ("response" not in fields or nothing_else or columns.given.get("prompt")):
+        prompt = _text(fields, "prompt")
+        _check_ready(row, fields, columns, beside)
+        return Record(prompt=prompt)
+    if "response" not in fields or any(name.startswith("orig_response_") for name in row):
+        raise ValueError(columns.without_response(row))
+    if fields.filled("prompt") and not fields.filled("instruction"):
+        instruction = _spoken(fields, "prompt", "instruction", parts)
+    else:
+        instruction = _spoken(fields, "instruction", "instruction", parts)
+        name = fields.columns.get("instruction", "instruction")
+        if fields.filled("prompt") and not name.strip().lower().endswith("instruction"):
+            both = f"{name} or {fields.columns['prompt']} may be the instruction"
+            raise ValueError(f"{both}: --columns instruction={name} prompt= chooses one")
+    texts = [instruction, _spoken(fields, "input", "input", parts)]
+    return Record(instruction="\n\n".join(filter(str.strip, texts)), response=_response(fields, parts))
 
 
-def _from_feedback_collection(row: Row) -> Record:
-    record = _from_plain({name.removeprefix("orig_"): row[name] for name in row if name.startswith("orig_")})
-    if record.feedback:
-        return record
-    output = _text(row, "output") or ""
-    return replace(record, feedback=re.sub(r"\s*\[RESULT\]\s*[\d.]+\s*$", "", output) or None)
+def _check_ready(row: Mapping[str, Any], fields: Fields, columns: Columns, beside: list[str]) -> None:
+    """Raises ValueError: a text stands beside the prompt, and would not be asked."""
+    if columns.given.get("prompt"):
+        if fields.filled("response"):
+            advice = "--columns response= leaves it out"
+            raise ValueError(f"a ready prompt and a response, which would not be asked: {advice}")
+        return
+    names = [fields.columns[name] for name in [*beside, *fields.descriptions()]]
+    known = set(fields.columns.values())
+    names += [name for name in columns.unread(row, fields) if name not in known and is_text(row[name])]
+    if names:
+        ways = "name it with --columns response=NAME, or say --columns prompt=prompt if the prompt is ready"
+        raise ValueError(f"a prompt beside {listed(names)}, and no response: {ways}")
 
 
-def _from_benchmark(row: Row) -> Record:
-    columns = row["gpt4_feedback"], row["gpt4_score"]
-    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
-        raise ValueError("gpt4_feedback and gpt4_score must be lists of one length")
-    pairs = [{"gpt4_feedback": feedback, "gpt4_score": score} for feedback, score in zip(*columns)]
-    read = [(_text(pair, "gpt4_feedback"), _number(pair, "gpt4_score")) for pair in pairs]
-    annotations = tuple(Annotation(text, score) for text, score in read if text is not None and score is not None)
-    if len(annotations) < len(read):
-        raise ValueError("gpt4_feedback and gpt4_score must not have gaps")
-    score = fmean(annotation.score for annotation in annotations) if annotations else None
-    return Record(prompt=_text(row, "instruction"), score=score, annotations=annotations)
+def _from_turns(fields: Fields, parts: list[str]) -> Record:
+    turns, unread = read_turns(fields.take("messages"))
+    parts += [f"{fields.columns['messages']}.{name}" for name in unread]
+    if fields.filled("response"):
+        if turns[-1][0] == "Assistant":
+            advice = "--columns response= or messages= leaves one out"
+            raise ValueError(f"both the response and the last turn of the conversation may be what is judged: {advice}")
+        task, response = joined(turns), _response(fields, parts)
+    else:
+        task, response = split_turns(turns)
+    for name in ("instruction", "prompt", "input"):
+        # Some data sets repeat the first turn in a column of its own, which then stays unread.
+        if fields.filled(name) and str(fields.take(name)).strip() not in task:
+            raise ValueError(f"both {name} and a conversation say what was asked: --columns {name}= leaves it out")
+        fields.read.pop(name, None)
+    return Record(instruction=task, response=response)
 
 
-def _rubric(row: Row) -> Rubric | None:
-    given = row.get("rubric")
-    rubric = given if isinstance(given, dict) else {"criteria": given}
-    nested = rubric.get("descriptions") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"descriptions must map labels to texts, got {shorten(nested)}")
-    matches = (re.fullmatch(r"score(.+)_description|description_(.+)", name) for name in row)
-    texts = nested | {match[1] or match[2]: row[match[0]] for match in matches if match}
-    criteria = _text(rubric, "criteria") or _text(row, "criteria") or ""
-    descriptions = {label: text for label in texts if (text := _text(texts, label))}
+def _spoken(fields: Fields, name: str, read_as: str, parts: list[str]) -> str:
+    """A text, or a conversation as one; empty where there is none."""
+    if looks_like_turns(value := fields.take(name, read_as)):
+        turns, unread = read_turns(value)
+        parts += [f"{fields.columns[name]}.{key}" for key in unread]
+        return joined(turns)
+    return text_of(value, name) or ""
+
+
+def _response(fields: Fields, parts: list[str]) -> str:
+    """The text to judge, which may be empty."""
+    value = fields.take("response")
+    if not looks_like_turns(value):
+        return value if isinstance(value, str) else text_of(value, "response") or ""
+    turns, unread = read_turns(value)
+    parts += [f"{fields.columns['response']}.{key}" for key in unread]
+    if [speaker for speaker, _ in turns] != ["Assistant"]:
+        raise ValueError("response must be one turn of the assistant, or a text")
+    return turns[0][1]
+
+
+def _rubric(fields: Fields, parts: list[str]) -> Rubric | None:
+    criteria, descriptions = "", dict[str, str]()
+    for name in ("rubric", "criteria"):
+        read, unread = parse_rubric(fields.take(name))
+        parts += [f"{fields.columns[name]}.{key}" for key in unread]
+        if read and criteria and read.criteria not in ("", criteria):
+            raise ValueError(f"two criteria: --columns {name}= leaves one out")
+        if read:
+            criteria = criteria or read.criteria
+            descriptions |= read.descriptions
+    descriptions |= {label: text for name, label in fields.descriptions().items() if (text := _text(fields, name))}
     return Rubric(criteria, descriptions) if criteria or descriptions else None
 
 
-def _feedback_ids(row: Row) -> tuple[int, ...] | None:
-    ids = row.get("feedback_ids") or []
+def _score(fields: Fields, scale: ScoreScale | None, unread_golds: list[str] | None) -> float | None:
+    try:
+        return parse_score(fields.take("score"), scale)
+    except ValueError as error:
+        if unread_golds is None:
+            raise
+        unread_golds.append(str(error))
+        return None
+
+
+def _feedback(row: Mapping[str, Any], fields: Fields) -> str | None:
+    feedback = _text(fields, "feedback")
+    if feedback or "orig_response" not in row:
+        return feedback
+    return re.sub(r"\s*\[RESULT\]\s*[\d.]+\s*$", "", text_of(row.get("output"), "output") or "") or None
+
+
+def _from_benchmark(fields: Fields, scale: ScoreScale | None) -> Record:
+    columns = fields.take("gpt4_feedback"), fields.take("gpt4_score")
+    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
+        raise ValueError("gpt4_feedback and gpt4_score must be lists of one length")
+    read = [(text_of(text, "gpt4_feedback"), parse_score(score, scale)) for text, score in zip(*columns)]
+    annotations = tuple(Annotation(text, score) for text, score in read if text is not None and score is not None)
+    if len(annotations) < len(read):
+        raise ValueError("gpt4_feedback and gpt4_score must not have gaps")
+    if not (prompt := _text(fields, "prompt")):
+        raise ValueError("neither a prompt nor a response: the instruction of a benchmark row is its ready prompt")
+    score = fmean(annotation.score for annotation in annotations) if annotations else None
+    return Record(prompt=prompt, score=score, annotations=annotations)
+
+
+def _feedback_ids(fields: Fields) -> tuple[int, ...] | None:
+    ids = fields.take("feedback_ids") or []
     if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise ValueError(f"feedback_ids must be a list of token ids, got {shorten(ids)}")
     return tuple(ids) or None
 
 
-def _text(row: Row, column: str) -> str | None:
-    """The text of a column, None where it is absent or empty; numbers are spelled out."""
-    value = row.get(column)
-    if value is None or value == "" or value != value:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{column} must be text, got {shorten(value)}")
-    return str(value)
-
-
-def _number(row: Row, column: str) -> float | None:
-    """The finite number in a column, None where it is absent, empty or NaN."""
-    value = row.get(column)
-    if value is None or value == "":
-        return None
+def _text(fields: Fields, name: str) -> str | None:
     try:
-        number = math.inf if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.inf
-    if math.isinf(number):
-        raise ValueError(f"{column} must be a finite number, got {shorten(value)}")
-    return None if math.isnan(number) else number
+        return text_of(fields.take(name), name)
+    except ValueError as error:
+        raise ValueError(f"{error}: --columns {name}= leaves it out") from error

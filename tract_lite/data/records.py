@@ -2,26 +2,64 @@
 
 import logging
 import math
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence, TypedDict, Unpack
 
+from tract_lite.data.columns import Columns, is_blank, parse_columns
 from tract_lite.data.files import read_rows
 from tract_lite.data.formats import record_to_row, to_record
 from tract_lite.data.jsonl import write_rows
-from tract_lite.record import Record, digest
+from tract_lite.data.rubrics import read_rubric
+from tract_lite.record import Record, Rubric, digest
 from tract_lite.scale import ScoreScale
 
 logger = logging.getLogger(__name__)
 
+MOST_FAULTS = 20
+# By what one row's fault differs from another's of its kind.
+_VALUES = re.compile(r"'[^']*'|\d+(\.\d+)?")
+
 
 class BadRows(ValueError):
-    """Unusable rows; `rows` has the place and the fault of each, the message the first 20."""
+    """Unusable rows; `rows` has the place and the fault of each, the message one of each kind."""
 
-    def __init__(self, source: str, rows: Sequence[str]):
-        shown = [*rows[:20], "..."] if len(rows) > 20 else rows
-        summary = f"{source}: unusable rows: {len(rows)}; skip_bad=True or --skip-bad omits them;"
-        super().__init__("\n  ".join([summary, *shown]))
-        self.rows = list(rows)
+    def __init__(self, source: str, rows: Sequence[tuple[str, str]], count: int):
+        kinds: dict[str, list[tuple[str, str]]] = {}
+        for place, fault in rows:
+            kinds.setdefault(_VALUES.sub("", fault), []).append((place, fault))
+        way_out = "; skip_bad=True or --skip-bad omits them" if len(rows) < count else ""
+        lines = [f"{source}: unusable rows: {len(rows)} of {count}{way_out}:"]
+        for (place, fault), *others in list(kinds.values())[:MOST_FAULTS]:
+            lines.append(f"{place}{f' and {len(others)} more' if others else ''}: {fault}")
+        super().__init__("\n  ".join(lines + ["..."] * (len(kinds) > MOST_FAULTS)))
+        self.rows = [f"{place}: {fault}" for place, fault in rows]
+
+
+class Options(TypedDict, total=False):
+    """How rows are read. `columns`: fields and the columns that fill them ("" for none), where
+    their names don't tell. `rubric`: one for all rows, in place of their own.
+
+    `scale`: a score outside of it is bad. `gold_needed=False`: a score that can't be read is left
+    out, and counted in a warning. `skip_bad`: bad rows are left out, counted in a warning, and
+    appended to `rejected`.
+    """
+
+    scale: ScoreScale | None
+    columns: Mapping[str, str] | None
+    rubric: Rubric | None
+    gold_needed: bool
+    skip_bad: bool
+    rejected: list[str] | None
+
+
+class Table(NamedTuple):
+    """Records, and the row that each one was read from."""
+
+    records: list[Record]
+    rows: list[dict[str, Any]]
 
 
 def read_records(
@@ -29,65 +67,143 @@ def read_records(
     format: str = "auto",
     split: str | None = None,
     *,
-    scale: ScoreScale | None = None,
-    skip_bad: bool = False,
-    rejected: list[str] | None = None,
+    encoding: str | None = None,
+    **options: Unpack[Options],
 ) -> list[Record]:
-    """Read JSONL, JSON, CSV, Parquet or a hub data set into records, each with an id of its own.
+    """Read a file of rows or a hub data set into records, each with an id of its own.
 
-    `"-"` is JSONL from standard input; `split` belongs to hub data sets ("train" if None). A row
-    without an id gets its position, from 0. With a `scale`, a score outside its range is bad.
-    With `skip_bad`, bad rows are left out, counted in a warning and appended to `rejected`.
+    JSONL, JSON, CSV, TSV, Parquet and Excel's xlsx are known, the texts also as `.gz`; `"-"` is
+    JSONL from standard input. `split` belongs to hub data sets ("train" if None). What the columns
+    are read as is said once; `docs/data.md` has their names. A row without an id gets its
+    position, from 0, and of several rows with one id the later ones get a number behind it.
     Raises FileNotFoundError: no such file or hub id. Raises BadRows: some rows are unusable.
     Raises ValueError: the source can't be read, or no row of it is usable.
     """
+    return read_table(path_or_hub_id, format, split, encoding=encoding, **options).records
+
+
+def read_table(
+    path_or_hub_id: str | Path,
+    format: str = "auto",
+    split: str | None = None,
+    *,
+    encoding: str | None = None,
+    **options: Unpack[Options],
+) -> Table:
+    """As `read_records`, with the rows beside the records."""
     source = str(path_or_hub_id)
-    return _to_records(source, read_rows(source, format, split), scale, skip_bad, rejected)
+    return _to_table(source, read_rows(source, format, split, encoding), **options)
 
 
-def records_from(
-    rows: Any, *, scale: ScoreScale | None = None, skip_bad: bool = False, rejected: list[str] | None = None
-) -> list[Record]:
+def records_from(rows: Any, **options: Unpack[Options]) -> list[Record]:
     """The records of dicts, or of a pandas DataFrame, as `read_records` reads a file of them.
     Raises BadRows: some rows are unusable. Raises ValueError: no row is usable.
     """
-    given = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
-    placed = ((f"row {number}", _plain(row)) for number, row in enumerate(given, 1))
-    return _to_records("the rows given", placed, scale, skip_bad, rejected)
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        if len(set(rows.columns)) < len(rows.columns):
+            raise ValueError(f"the data frame has two columns of one name: {', '.join(map(str, rows.columns))}")
+        rows = rows.to_dict("records")
+    placed = ((f"row {number}", _plain(row)) for number, row in enumerate(rows, 1))
+    return _to_table("the rows given", placed, **options).records
+
+
+def how_to_read(options: Any) -> dict[str, Any]:
+    """What a user chose for reading (`DataOptions`), as `read_records` takes it.
+    Raises ValueError: `criteria` and `rubric` are given, or one of them can't be read.
+    """
+    if options.criteria and options.rubric:
+        raise ValueError("give --criteria or --rubric, not both")
+    rubric = Rubric(options.criteria) if options.criteria else read_rubric(options.rubric) if options.rubric else None
+    columns = parse_columns(options.columns or ())
+    names = ("format", "split", "encoding", "skip_bad")
+    return {name: getattr(options, name) for name in names} | {"columns": columns, "rubric": rubric}
 
 
 def _plain(value: Any) -> Any:
     """A row or a cell without the types of numpy and pandas, None for one that is missing."""
     if isinstance(value, Mapping):
-        return {name: _plain(cell) for name, cell in value.items()}
+        return {str(name): _plain(cell) for name, cell in value.items()}
     if type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and math.isnan(value):
         return None
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _to_records(
-    source: str, rows: Iterable[tuple[str, Any]], scale: ScoreScale | None, skip_bad: bool, rejected: list[str] | None
-) -> list[Record]:
-    records: dict[str, Record] = {}
-    bad = []
-    for position, (place, row) in enumerate(rows):
+def _to_table(source: str, rows: Iterable[tuple[str, Any]], **options: Unpack[Options]) -> Table:
+    scale, gold_needed, rejected = options.get("scale"), options.get("gold_needed", True), options.get("rejected")
+    columns = Columns(options.get("columns"))
+    records: list[Record] = []
+    kept: list[dict[str, Any]] = []
+    positions: list[int] = []
+    bad: list[tuple[str, str]] = []
+    golds: list[str] = []
+    count = empty = 0
+    for count, (place, row) in enumerate(rows, 1):
+        if isinstance(row, dict) and _is_empty(row):
+            empty += 1
+            continue
         try:
-            record = to_record(row, str(position), scale)
-            name = str(record.id)
-            if name in records:
-                raise ValueError(f"the id {name!r} belongs to an earlier row")
-            records[name] = record
+            record = to_record(row, columns, scale, options.get("rubric"), None if gold_needed else golds)
+            _check_scores(record, scale if gold_needed else None)
         except ValueError as error:
-            bad.append(f"{place}: {error}")
-    if bad and not skip_bad:
-        raise BadRows(source, bad)
-    if bad:
-        logger.warning("%s: unusable rows left out: %d; the first: %s", source, len(bad), bad[0])
+            bad.append((place, str(error)))
+            continue
+        records.append(record)
+        kept.append(row)
+        positions.append(count - 1)
+    columns.check()
+    faults = BadRows(source, bad, count - empty)
+    if bad and not options.get("skip_bad"):
+        raise faults
     if rejected is not None:
-        rejected.extend(bad)
+        rejected.extend(faults.rows)
     if not records:
-        raise ValueError(f"{source} has no usable row")
-    return list(records.values())
+        raise ValueError(f"{source} has no usable row{f': {faults.rows[0]}' if bad else ''}")
+    said, important = columns.summary(*["rubric"] * bool(options.get("rubric")))
+    logger.log(logging.WARNING if important else logging.INFO, "%s: %s", source, said)
+    warnings = {
+        "unusable rows left out": faults.rows,
+        "rows with nothing in them left out": [""] * empty,
+        "gold scores that can't be read, left out": golds,
+    }
+    for what, lines in warnings.items():
+        if lines:
+            logger.warning("%s: %s: %d%s", source, what, len(lines), lines[0] and f"; the first: {lines[0]}")
+    return Table(with_own_ids(records, positions), kept)
+
+
+def _is_empty(row: Mapping[str, Any]) -> bool:
+    """Whether nothing stands in a row; an empty text is something where it is the only cell."""
+    return bool(row) and all(map(is_blank, row.values())) and (len(row) > 1 or None in row.values())
+
+
+def _check_scores(record: Record, scale: ScoreScale | None) -> None:
+    """Raises ValueError: a gold score is outside the scale."""
+    for score in (record.score, *(annotation.score for annotation in record.annotations)):
+        if scale and score is not None and not scale.contains(score):
+            raise ValueError(f"score {score:g} is outside the scale {scale}: --scale names another")
+
+
+def with_own_ids(records: Sequence[Record], positions: Sequence[int] | None = None) -> list[Record]:
+    """The records, each with an id of its own; one that is made up is no other's.
+
+    A missing id is the position; the second record of one id gets "#2" behind it, and so on.
+    """
+    given = Counter(record.id for record in records)
+    used: dict[str, int] = {}
+    named = []
+    for place, record in zip(positions or range(len(records)), records):
+        base = record.id or (str(place) if str(place) not in given else f"row {place + 1}")
+        name = base
+        while name in used or name in given and name != record.id:
+            used[base] = used.get(base, 1) + 1
+            name = f"{base}#{used[base]}"
+        used.setdefault(name, 1)
+        named.append(record if record.id == name else replace(record, id=name))
+    repeated = [name for name, count in given.items() if name and count > 1]
+    if repeated:
+        first = f"{repeated[0]!r} is now {repeated[0]!r}, {repeated[0] + '#2'!r} and so on"
+        logger.warning("ids that several records have: %d; the first: %s", len(repeated), first)
+    return named
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:

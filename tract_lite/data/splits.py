@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any, Sequence
 
-from tract_lite.data.records import read_records, split_records
+from tract_lite.data.records import read_records, split_records, with_own_ids
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 
@@ -31,24 +31,26 @@ def read_splits(
     data: str,
     held_out: str | None = None,
     *,
-    split: str | None = None,
     scale: ScoreScale,
-    skip_bad: bool = False,
     max_items: int,
     max_held_out: int,
     max_validation: int,
+    split: str | None = None,
+    **reading: Any,
 ) -> Splits:
     """Training and validation records, and held-out items: those of their own file, or a tenth.
 
     An item of several annotators gives one training record each; held out, it is one item with
     their mean score. A twentieth of the training records, unless fewer than 20, is for validation.
+    `reading` and `split`, that of the data, are options of `read_records`.
     Raises ValueError: unusable rows, or too few items with a score.
     """
     rejected: list[str] = []
-    items = read_records(data, split=split, scale=scale, skip_bad=skip_bad, rejected=rejected)
+    reading |= {"scale": scale, "rejected": rejected}
+    items = read_records(data, split=split, **reading)
     scored = [item for item in items if item.score is not None]
     if held_out:
-        kept = read_records(held_out, scale=scale, skip_bad=skip_bad, rejected=rejected)
+        kept = read_records(held_out, **{**reading, "format": "auto"})
         kept = [item for item in kept if item.score is not None][:max_held_out]
         seen = {item.key for item in kept}
         training = [item for item in scored if item.key not in seen]
@@ -56,13 +58,13 @@ def read_splits(
         training, kept = split_records(scored, min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1)))
     if not training or not kept:
         few = f"{len(scored)} items with a score are too few to hold some out"
-        raise ValueError(f"{few}; the column of gold scores is named score")
+        raise ValueError(f"{few}; --columns score=NAME names the column of gold scores")
     if len(kept) < FEW_ITEMS:
         logger.warning("only %d items are held out: the figures of this run say little", len(kept))
     if len(training) > max_items:
         logger.info("%d of %d items are used (--max-items)", max_items, len(training))
         training = random.Random(0).sample(training, max_items)
-    pairs = [pair for item in training for pair in item.pairs()]
+    pairs = with_own_ids([pair for item in training for pair in item.pairs()])
     rest, validation = split_records(pairs, min(VALIDATION_SHARE, max_validation / len(pairs)))
     if len(validation) < LEAST_VALIDATION:
         rest, validation = pairs, []

@@ -1,0 +1,247 @@
+"""Which column fills which field of a record: names, their aliases, what is not read."""
+
+import re
+from collections import Counter
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, Iterable, Mapping, Sequence
+
+from tract_lite.data.rubrics import described_label
+
+# Each field with the names that are known for it, in lower case, words joined by underscores.
+ALIASES = {
+    "instruction": "instruction question query user_input user_prompt user_message problem",
+    "input": "input",
+    "response": "response answer output actual_output completion generation generated generated_text candidate pred "
+    "prediction reply model_output model_response model_answer assistant_response llm_output llm_response llm_answer",
+    "criteria": "criteria criterion evaluation_criteria scoring_criteria guidelines",
+    "rubric": "rubric scoring_rubric score_rubric",
+    "reference": "reference reference_answer reference_response reference_output expected_output expected_answer "
+    "expected ground_truth gold_answer gold_response ideal ideal_answer correct_answer target",
+    "score": "score rating gold_score human_score human_rating overall_score overall_rating grade stars",
+    "feedback": "feedback reasoning rationale explanation justification critique comment comments annotator_comment",
+    "prompt": "prompt",
+    "messages": "messages conversation conversations dialogue dialog chat",
+    "id": "id uid uuid item_id row_id example_id sample_id record_id",
+    "feedback_ids": "feedback_ids",
+}
+_FIELDS = {alias: field for field, aliases in ALIASES.items() for alias in aliases.split()}
+# As good as the field's own name: beside it, nobody knows which of the two is meant.
+_RIVALS = {"gold_score", "human_score", "human_rating"}
+BENCHMARK = {"gpt4_feedback", "gpt4_score"}
+# The Feedback Collection has its texts twice: apart, with this prefix, and inside a ready prompt.
+_COLLECTION, _READY = "orig_", {"instruction", "input", "output"}
+# What our own files say of a row.
+_OWN = {"key"}
+# What nobody misses where another field is there.
+_STANDS_FOR = {
+    "prompt": "instruction criteria",
+    "messages": "instruction",
+    "input": "instruction",
+    "rubric": "criteria",
+    "gpt4_score": "instruction criteria score",
+}
+# Exports join the names of nested objects with dots: those that say nothing, first or last.
+_HOLDERS = set("inputs outputs fields data item row record example annotation annotations rubric".split())
+_VALUES = {"value", "text", "content"}
+WANTED = "response (the text to judge), instruction, criteria and score"
+MOST_SHOWN = 15
+
+
+class Fields:
+    """The cells of one row by the field they fill, and which of them were read."""
+
+    def __init__(self, cells: Mapping[str, Any], columns: Mapping[str, str]):
+        self._cells, self.columns = cells, columns
+        self.read: dict[str, str] = {}
+
+    def __contains__(self, field: object) -> bool:
+        return field in self._cells
+
+    def filled(self, field: str) -> bool:
+        return not is_blank(self._cells.get(field))
+
+    def take(self, field: str, other: str | None = None) -> Any:
+        """The cell of a field, None if it has none; counted as read, perhaps as another field."""
+        if field in self._cells:
+            self.read[field] = other or field
+        return self._cells.get(field)
+
+    def descriptions(self) -> dict[str, str]:
+        """The fields that describe a label each, with the label."""
+        return {field: label for field in self._cells if (label := described_label(field))}
+
+
+class Columns:
+    """How the columns of one source are read, and what of them was not.
+
+    `given` maps fields to the names of their columns, or to "" for a field that is not to be read.
+    Raises ValueError: a field that no record has.
+    """
+
+    def __init__(self, given: Mapping[str, str] | None = None):
+        self.given = dict(given or {})
+        for field in self.given:
+            if field not in ALIASES and not described_label(field):
+                raise ValueError(
+                    f"--columns: no field {field!r}{_meant(field, ALIASES)}; there are {', '.join(ALIASES)}"
+                )
+        self._assigned = lru_cache(maxsize=1024)(self._assign)
+        self._names: dict[str, None] = {}
+        self._read: Counter[tuple[str, str]] = Counter()
+        self._unread: Counter[str] = Counter()
+
+    def fields(self, row: Mapping[str, Any]) -> Fields:
+        """The row's cells by field. Raises ValueError: two filled columns may be one field."""
+        candidates = self._assigned(tuple(row))
+        chosen = {}
+        for field, ranked in candidates.items():
+            best = [name for rank, name in ranked if rank == ranked[0][0]]
+            filled = [name for name in best if not is_blank(row[name])] or best[:1]
+            if len(filled) > 1:
+                raise ValueError(
+                    f"{listed(filled, ' or ')} may be the {field}: --columns {field}={filled[0]} chooses one"
+                )
+            others = [name for _, name in ranked if name != filled[0] and not is_blank(row[name])]
+            if field in ("instruction", "response") and others and is_blank(row[filled[0]]):
+                both = f"{filled[0]} is blank and {others[0]} is not"
+                raise ValueError(f"{both}: --columns {field}={filled[0]} or {field}={others[0]} chooses one")
+            chosen[field] = filled[0]
+        return Fields({field: row[name] for field, name in chosen.items()}, chosen)
+
+    def count(self, row: Mapping[str, Any], fields: Fields, parts: Iterable[str] = ()) -> None:
+        """Count what was read of a row, and what was not; `parts`: of a cell."""
+        read = {fields.columns[field]: other for field, other in fields.read.items()}
+        self._read.update(read.items())
+        self._unread.update(self.unread(row, fields))
+        self._unread.update(parts)
+
+    def unread(self, row: Mapping[str, Any], fields: Fields) -> list[str]:
+        """The filled columns of a row that were not read."""
+        read = {fields.columns[field] for field in fields.read}
+        return [name for name in row if name not in read and not is_blank(row[name]) and name not in _OWN]
+
+    def check(self) -> None:
+        """Raises ValueError: a column that was given is in no row."""
+        for field, name in self.given.items():
+            if name and self._names and not _find(name, list(self._names)):
+                there = listed(self._names)
+                raise ValueError(f"no column {name!r} for {field}{_meant(name, self._names)}; its columns: {there}")
+
+    def summary(self, *elsewhere: str) -> tuple[str, bool]:
+        """What was read as what, what was not, what is absent; and whether a user must know.
+
+        `elsewhere`: fields that are not asked of the columns.
+        """
+        fields = {field for _, field in self._read} | set(elsewhere)
+        covered = fields.union(*(_STANDS_FOR.get(field, "").split() for field in fields))
+        absent = [field for field in ("instruction", "criteria", "score") if field not in covered]
+        lacking = [field for field in ALIASES if field not in fields]
+        unread = [name if _reading(name) else name + _meant(name, lacking) for name in self._unread]
+        renamed = {name: _shown(name, field) for name, field in self._read if name not in _OWN}
+        parts = {"read": renamed.values(), "not read": unread, "not there": absent}
+        said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
+        if any(name.startswith(_COLLECTION) for name in renamed):
+            return said, bool(self._unread.keys() - _READY)
+        return said, bool(unread) or any(name != shown for name, shown in renamed.items())
+
+    def without_response(self, row: Mapping[str, Any]) -> str:
+        """What to say of a row that has no text to judge."""
+        close = [name for name in row if not _reading(name) and _meant(name, ["response"])]
+        advice = f"did you mean --columns response={close[0]}?" if close else "--columns response=NAME names it"
+        there = listed(row) or "none"
+        return f"neither a prompt nor a response; its columns: {there}; wanted: {WANTED}; {advice}"
+
+    def _assign(self, names: tuple[str, ...]) -> dict[str, list[tuple[int, str]]]:
+        """The columns that may fill each field, with their ranks, the best first."""
+        self._names |= dict.fromkeys(names)
+        taken = {field: column for field, name in self.given.items() if name and (column := _find(name, names))}
+        found = {field: [(0, name)] for field, name in taken.items()}
+        if BENCHMARK <= set(names) and "response" not in names and not self.given:
+            read = {"prompt": "instruction", "id": "id", **{name: name for name in sorted(BENCHMARK)}}
+            return {field: [(0, name)] for field, name in read.items() if name in names}
+        collection = "orig_response" in names
+        for name in names:
+            bare = name.removeprefix(_COLLECTION) if collection else name
+            if name in taken.values() or collection and name in _READY or not (reading := _reading(bare)):
+                continue
+            rank, field = reading
+            if field not in self.given:
+                found.setdefault(field, []).append((rank - (bare != name), name))
+        return {field: sorted(ranked, key=lambda pair: pair[0]) for field, ranked in found.items()}
+
+
+def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
+    """Fields and their columns, from texts such as "response=Answer".
+    Raises ValueError: a text is no such pair.
+    """
+    chosen = {}
+    for pair in pairs:
+        field, equals, name = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--columns takes FIELD=COLUMN, such as response=Answer, got {pair!r}")
+        chosen[field.strip()] = name.strip()
+    return chosen
+
+
+def is_blank(cell: Any) -> bool:
+    """Whether a cell holds nothing that could be left out."""
+    return cell is None or cell != cell or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
+
+
+def is_text(cell: Any) -> bool:
+    """Whether a cell may hold a text of several words, and not only a mark or a number."""
+    return isinstance(cell, (list, dict)) or isinstance(cell, str) and len(cell.split()) > 1
+
+
+def listed(names: Iterable[str], joint: str = ", ") -> str:
+    """The names in a row, the first ones of many."""
+    names = list(names)
+    more = [f"{len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
+    return joint.join([*names[:MOST_SHOWN], *more])
+
+
+def names_a_field(name: str) -> bool:
+    """Whether a column of this name is read."""
+    return _reading(name) is not None
+
+
+def _reading(name: str) -> tuple[int, str] | None:
+    """The field that a column's name stands for, and how sure that is: 0 for its own name."""
+    plain = _plain(name)
+    if name in ALIASES or described_label(name):
+        return 0, name
+    if plain in _FIELDS:
+        return 0 if plain in _RIVALS else 1 if plain == _FIELDS[plain] else 2, _FIELDS[plain]
+    first, *_, last = [_plain(part) for part in re.split(r"[./]", name)] * 2
+    if first.startswith("reference") and _FIELDS.get(last) == "response":
+        return 3, "reference"
+    field = _FIELDS.get(last) if first in _HOLDERS else _FIELDS.get(first) if last in _VALUES else None
+    return (3, field) if field else None
+
+
+def _shown(name: str, field: str) -> str:
+    """A column with what it is read as, unless its name says that."""
+    label = described_label(field)
+    if label and not re.fullmatch(r"-?\d+(\.\d+)?", label):
+        return f"{name} as the description of {label}"
+    return name if name in (field, _COLLECTION + field) or label else f"{name} as {field}"
+
+
+def _plain(name: str) -> str:
+    """A name in lower case without a scale in brackets, its words joined by underscores."""
+    bare = re.sub(r"[(\[][^)\]]*\d[^)\]]*[)\]]", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
+    return re.sub(r"[\W_]+", "_", bare).strip("_").lower() if not re.search(r"[()\[\]]", bare) else bare.lower()
+
+
+def _find(name: str, names: Sequence[str]) -> str | None:
+    """The column of this name, or the only one that differs in case, blanks or brackets."""
+    alike = [name] if name in names else [other for other in names if _plain(other) == _plain(name)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _meant(name: str, candidates: Iterable[str]) -> str:
+    """A question after one of the candidates, by its aliases if it is a field, that is close."""
+    known = {alias: field for field in candidates for alias in ALIASES.get(field, _plain(field)).split()}
+    close = [] if _plain(name).endswith("id") else get_close_matches(_plain(name), list(known), 1, 0.8)
+    return f" (did you mean {known[close[0]]}?)" if close else ""
