@@ -184,3 +184,39 @@ def test_text_can_t_steer_the_terminal():
     assert "e\u0301 👩\u200d🚀 می\u200cخواهم" in make(1, 0, 0, feedback=["e\u0301 👩\u200d🚀 می\u200cخواهم"]).explain(
         width=80
     )
+
+
+# How far off it may be
+
+
+def test_the_doubt_of_a_whole_judgement_is_its_deviation_and_what_is_missing_adds_to_it():
+    values = {"1": 1.0, "3": 3.0, "5": 5.0}
+    sure = Judgement.from_probabilities("a", np.array([[0.0, 1.0, 0.0]]), values)
+    split = Judgement.from_probabilities("b", np.array([[0.5, 0.0, 0.5]]), values)
+    assert sure.doubt == 0 and split.doubt == pytest.approx(2) == pytest.approx(split.std)
+    low = Judgement.from_probabilities("c", np.array([[0.0, 0.2, 0.0]]), values)
+    # 0.8 of the mass is missing: 0.8 / 3 more on each label.
+    assert low.std == 0 and low.doubt == pytest.approx(math.sqrt(2 * 0.8 / 3 * 4))
+    cut = replace(sure, truncated=True)
+    assert cut.doubt == pytest.approx(math.sqrt(8 / 3))
+    failed = Judgement("d", error="too long", values=values)
+    assert failed.doubt == 4 and math.isnan(Judgement("e", error="too long").doubt)
+    ranked = sorted([failed, cut, low, sure], key=lambda judgement: judgement.doubt)
+    assert [judgement.id for judgement in ranked] == ["a", "c", "a", "d"]
+
+
+def test_the_normalised_score_is_that_of_the_labels_alone():
+    values = {"1": 1.0, "5": 5.0}
+    judgement = Judgement.from_probabilities("a", np.array([[0.0, 0.2]]), values)
+    assert judgement.score == pytest.approx(1) and judgement.normalised_score == pytest.approx(5)
+    assert "normalised to them it is 5.00" in judgement.explain()
+    assert math.isnan(Judgement.from_probabilities("b", np.array([[0.0, 0.0]]), values).normalised_score)
+    assert judgement.to_row()["normalised_score"] == judgement.normalised_score
+    assert Judgement.from_row(judgement.to_row()) == judgement
+
+
+def test_only_what_was_asked_is_shown():
+    record = Record("an instruction", "a response", prompt="a prompt")
+    told = Judgement("a", 1.0).explain(record)
+    assert "a prompt" in told and "instruction" not in told and "response" not in told
+    assert "(empty)" in Judgement("a", 1.0).explain(Record("an instruction", ""))

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections import deque
+from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
@@ -10,6 +11,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
 import numpy as np
 
 from tract_lite.data.files import fingerprint
+from tract_lite.data.places import content_of, seed_model_of
 from tract_lite.data.resume import ResumableRows
 from tract_lite.engines.task import Engine, Sample, Task, answers_in_order, sample_seed
 from tract_lite.judgement import Judgement
@@ -97,7 +99,8 @@ class Judge:
         spec = JudgeSpec.load(folder)
         free_memory()
         in_4bit = spec.method.get("load_in_4bit", True)
-        model, tokenizer = load_seed(seed_model or spec.base_model, in_4bit, spec.max_length, precision=precision)
+        seed_model = seed_model or seed_model_of(spec.base_model, folder)
+        model, tokenizer = load_seed(seed_model, in_4bit, spec.max_length, precision=precision)
         identity = {"adapter": fingerprint(folder / "adapter_model.safetensors")}
         return cls.from_model(load_adapter(model, folder), tokenizer, spec, parallel, identity)
 
@@ -111,7 +114,7 @@ class Judge:
         from tract_lite.training.seed_model import open_seed_model
 
         model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
-        return cls.from_model(model, tokenizer, spec, parallel, {"seed_model": str(seed_model)})
+        return cls.from_model(model, tokenizer, spec, parallel, {"seed_model": content_of(seed_model) or str(seed_model)})
 
     @classmethod
     def from_model(
@@ -162,7 +165,8 @@ class Judge:
 
     def how(self, n_cot: int = 1, seed: int = 0) -> dict[str, Any]:
         """What makes judgements what they are: model, spec, number of reasonings, seed."""
-        spec = hashlib.sha256(self.spec.to_json().encode("utf-8")).hexdigest()
+        # A seed model may be moved: it stays what it is.
+        spec = hashlib.sha256(replace(self.spec, base_model="").to_json().encode("utf-8")).hexdigest()
         return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed}
 
     def close(self) -> None:
@@ -185,11 +189,13 @@ class Judge:
             try:
                 for place, record in enumerate(records):
                     names.append(getattr(record, "id", None))
+                    off.update(self._off_scale(record))
                     yield self._task(record, n_cot, seed, None if reasonings is None else reasonings[place])
             except Exception as error:
                 broken.append(error)
 
         count = low = 0
+        off = Counter[str]()
         try:
             for answer in answers_in_order(self.engine, asked()):
                 judgement = self._judgement(names.popleft(), answer)
@@ -199,8 +205,18 @@ class Judge:
         finally:
             if low:
                 logger.warning(WARNING, low, count, LOW_MASS)
+            for what, number in off.items():
+                logger.warning("%d of %d items: %s (%s)", number, count, what, self.spec.scale)
         if broken:
             raise broken[0]
+
+    def _off_scale(self, record: Record) -> Iterator[str]:
+        """What of a record belongs to another scale than the judge's."""
+        gold, rubric, scale = getattr(record, "score", None), getattr(record, "rubric", None), self.spec.scale
+        if gold is not None and not scale.contains(gold):
+            yield "the gold score is outside the judge's scale"
+        if rubric and not rubric.descriptions.keys() <= set(scale.labels):
+            yield "the rubric describes labels that are not on the judge's scale"
 
     def _task(self, record: Record, n_cot: int, seed: int, given: Sequence[Sequence[int]] | None) -> Task | Exception:
         """What to ask of the engine, or what is wrong with the record."""
@@ -216,17 +232,18 @@ class Judge:
             return error
 
     def _judgement(self, name: str | None, answer: list[Sample] | Exception) -> Judgement:
+        values = dict(zip(self.spec.scale.labels, self.spec.scale.values))
         if isinstance(answer, Exception):
             kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
             text = ": ".join(filter(None, (kind, str(answer)))) or type(answer).__name__
-            return Judgement(name, error=text)
+            return Judgement(name, error=text, values=values)
         rows = np.exp([sample.label_log_probabilities for sample in answer])
         if np.isnan(rows).any():
-            return Judgement(name, error="the model's probabilities are not numbers (NaN)")
+            return Judgement(name, error="the model's probabilities are not numbers (NaN)", values=values)
         return Judgement.from_probabilities(
             name,
             rows,
-            dict(zip(self.spec.scale.labels, self.spec.scale.values)),
+            values,
             feedback=[self.engine.vocabulary.decode(s.reasoning).strip() for s in answer],
             truncated=any(sample.truncated for sample in answer),
             feedback_ids=[list(sample.reasoning) for sample in answer],

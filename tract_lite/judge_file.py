@@ -1,22 +1,25 @@
 """Judging a file: records in, judgements out, from a GGUF file or a server."""
 
+import logging
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tract_lite.data.records import read_records
-from tract_lite.data.resume import ResumableRows, name_of
+from tract_lite.data.records import Table, how_to_read, read_table
+from tract_lite.data.resume import ResumableRows, name_of, row_of
 from tract_lite.data.table import check_table, write_table
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.options import JudgeOptions, flag_of
 from tract_lite.record import Record
 from tract_lite.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # A server's key is not given on the command line, where others could read it.
 API_KEY = "TRACT_LITE_API_KEY"
@@ -31,7 +34,7 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     """
     _check(model, options)
     rows = ResumableRows(_rows_file(output, source))
-    records = read_records(source, options.format, skip_bad=options.skip_bad)
+    records, given = _read(model, source, options)
     missing = sum(not rows.has(record) for record in records)
     failures = []
     with _open(model, options) as judge:
@@ -40,18 +43,35 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
         for judgement in _with_progress(judged, len(records), len(records) - missing):
             failures += [judgement.error] if judgement.error else []
         if output != rows.path:
-            write_table(output, rows.rows(list(map(name_of, records))), judge.spec.scale.labels)
-    if len(failures) == len(records):
-        raise RuntimeError(f"none of the {len(records)} items could be judged; the first: {failures[0]}")
+            names = list(map(name_of, records))
+            write_table(output, rows.rows(names), judge.spec.scale.labels, dict(zip(names, given)))
+    _check_failures(failures, records)
     first = f"; the first failure: {failures[0]}" if failures else ""
     there = len(records) - missing
-    return f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already{first}"
+    done = f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already"
+    return f"{done}{_without_gold(records)}{first}"
+
+
+def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[str, Any]]:
+    """Judge every item; gives each row, as `judge_file` writes it, as soon as it is complete.
+    Raises RuntimeError: nothing was judged.
+    """
+    _check(model, options)
+    records = _read(model, source, options).records
+    failures = []
+    with _open(model, options) as judge:
+        judged = judge.score_many(records, options.n_cot, options.seed)
+        for record, judgement in zip(records, _with_progress(judged, len(records), 0)):
+            failures += [judgement.error] if judgement.error else []
+            yield row_of(record, judgement.to_row(), gold=True)
+    logger.info("%d judged, %d of them failed%s", len(records), len(failures), _without_gold(records))
+    _check_failures(failures, records)
 
 
 def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tuple[Record, Judgement]:
     """The item of an id, or the first, and its judgement. Raises ValueError: no such item."""
     _check(model, options)
-    records = read_records(source, options.format, skip_bad=options.skip_bad)
+    records = _read(model, source, options).records
     record = next((record for record in records if name in ("", record.id)), None)
     if record is None:
         raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
@@ -59,6 +79,28 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
     with _open(model, options, parallel=at_once) as judge:
         [judgement] = judge.score_many([record], options.n_cot, options.seed)
     return record, judgement
+
+
+def _read(model: str, source: str, options: JudgeOptions) -> Table:
+    """The input. Gold scores are read as the judge's scale has them, and are not needed."""
+    spec = None
+    if options.spec or not (_is_server(model) or options.adapter):
+        from tract_lite.engines.llama_cpp import spec_at
+
+        spec = spec_at(options.spec or model)
+    scale = spec.scale if spec else None
+    return read_table(source, scale=scale, gold_needed=False, **how_to_read(options))
+
+
+def _without_gold(records: Sequence[Record]) -> str:
+    """How many have no gold score, where others have one."""
+    count = sum(record.score is None for record in records)
+    return f"; {count} of {len(records)} have no gold score" if 0 < count < len(records) else ""
+
+
+def _check_failures(failures: Sequence[str], records: Sequence[Record]) -> None:
+    if len(failures) == len(records):
+        raise RuntimeError(f"none of the {len(records)} items could be judged; the first: {failures[0]}")
 
 
 def _rows_file(output: Path, source: str) -> Path:

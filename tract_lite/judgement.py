@@ -5,7 +5,7 @@ import re
 import shutil
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
-from statistics import stdev
+from statistics import pstdev, stdev
 from typing import Any, Iterator, Mapping
 
 import numpy as np
@@ -33,7 +33,7 @@ class Judgement:
 
     `std` tells how sure the judge is: the standard deviation of `values` under `probabilities`,
     normalised. It holds the doubt after a reasoning and that between reasonings; `spread` is the
-    latter alone.
+    latter alone. `doubt` also counts what is wrong with the judgement, so that sorting by it works.
 
     Where only the top log-probabilities are known (servers), `missing_mass` is the probability of
     the tokens that were not seen, and the exact score lies within `error_bound` of `score`.
@@ -82,6 +82,30 @@ class Judgement:
         """The standard deviation of `scores` (by n - 1), NaN for fewer than two."""
         return stdev(self.scores) if len(self.scores) > 1 else math.nan
 
+    @property
+    def normalised_score(self) -> float:
+        """The expectation with `probabilities` normalised to the labels, whatever the mass."""
+        weighed = (self.values[label] * share for label, share in self.probabilities.items())
+        return sum(weighed) / self.mass if self.mass > 0 else math.nan
+
+    @property
+    def doubt(self) -> float:
+        """How far off the judgement may be, in units of the score, worst last.
+
+        The standard deviation where the missing mass may be any label; at least that of a blind
+        guess where a reasoning was cut off, and the whole range where the item was not judged.
+        """
+        if not self.values:
+            return math.nan
+        numbers = list(self.values.values())
+        if self.error is not None:
+            return max(numbers) - min(numbers)
+        missing = max(0.0, 1 - self.mass)
+        shares = [self.probabilities[label] + missing / len(numbers) for label in self.values]
+        mean = sum(share * number for share, number in zip(shares, numbers)) / sum(shares)
+        variance = sum(share * (number - mean) ** 2 for share, number in zip(shares, numbers)) / sum(shares)
+        return max(math.sqrt(variance), pstdev(numbers) if self.truncated else 0.0)
+
     def probability_above(self, other: "Judgement") -> float:
         """P(A > B): the chance that this item deserves more than the other; ties count half.
 
@@ -105,7 +129,7 @@ class Judgement:
 
     def to_row(self) -> dict[str, Any]:
         """The judgement as a JSON-serialisable row, None where a figure is missing."""
-        row = asdict(self) | {"spread": self.spread}
+        row = asdict(self) | {name: getattr(self, name) for name in ("spread", "normalised_score", "doubt")}
         return {key: None if value != value else value for key, value in row.items()}
 
     @classmethod
@@ -126,9 +150,9 @@ class Judgement:
 
     def _lines(self, record: Record | None, width: int) -> Iterator[str]:
         yield from [] if self.id is None else [f"Item {_visible(self.id)}", ""]
-        for name in ("prompt", "instruction", "response") if record else ():
-            if text := getattr(record, name):
-                yield from _section(name.capitalize(), _shorten(text), width)
+        asked = ("instruction", "response") if record and record.prompt is None else ("prompt",)
+        for name in asked if record else ():
+            yield from _section(name.capitalize(), _shorten(getattr(record, name)), width)
         for number, (text, score) in enumerate(zip(self.feedback, self.scores), 1):
             several = f" {number} of {len(self.scores)}, score {score:.2f}" if len(self.scores) > 1 else ""
             yield from _section(f"Reasoning{several}", text, width)
@@ -163,7 +187,8 @@ class Judgement:
         if self.truncated:
             yield "the length limit stopped a reasoning: its score stands after an unfinished text"
         if self.mass < LOW_MASS:
-            yield (f"only {self.mass:.2f} of the probability lies on the labels: the score is pulled down")
+            normalised = f"the score is pulled down, normalised to them it is {self.normalised_score:.2f}"
+            yield f"only {self.mass:.2f} of the probability lies on the labels: {normalised}"
         if self.error_bound:
             missed = f"the top log-probabilities, which miss {self.missing_mass:.2g} of the probability"
             yield f"read from {missed}: the score may be off by {self.error_bound:.2g}"

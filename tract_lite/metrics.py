@@ -18,19 +18,27 @@ RESAMPLES = 1000
 # Resamples measured at once: bounds the memory of many items.
 CHUNK = 20
 WITH_INTERVAL = ("pearson", "spearman", "rmse", "mae")
+# What says something only where predictions and golds are on one scale.
+IN_UNITS = ("rmse", "mae", "qwk")
 COLUMNS = ("pearson", "spearman", "kendall", "rmse", "mae", "coverage")
 
 
-def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dict[str, Any]:
+def evaluate(
+    predictions: Sequence[float | None], golds: Sequence[float], ends: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """Measure how well predictions agree with gold scores; rmse and mae in units of the score.
 
     Failed items (None, NaN or infinite) are left out: `count` is the number of items used,
     `coverage` their share. `intervals` are 95 % percentile bootstraps over items with a fixed
     seed. What is undefined is NaN: correlations of constant scores, all intervals of one item.
     `qwk` rounds scores to whole numbers, its only labels: it says little on a scale of fractions.
+
+    `ends` are the lowest and highest score of the judge: with a gold score outside of them, what
+    subtracts one from the other (rmse, mae, qwk) means nothing and is NaN; `off_scale` counts them.
     Raises ValueError: no items, lengths that differ, or a gold score that is not finite.
     """
     gold, predicted = _paired(golds, predictions)
+    off_scale = {"off_scale": int(((gold < ends[0]) | (gold > ends[1])).sum())} if ends else {}
     used = np.isfinite(predicted)
     predicted, gold = predicted[used], gold[used]
     with warnings.catch_warnings():
@@ -38,7 +46,11 @@ def evaluate(predictions: Sequence[float | None], golds: Sequence[float]) -> dic
         warnings.simplefilter("ignore", RuntimeWarning)
         figures = {name: float(figure(predicted, gold)) for name, figure in _FIGURES.items()}
     intervals = _bootstrap(lambda figure, i: figure(predicted[i], gold[i]), gold.size)
-    return figures | {"coverage": float(used.mean()), "count": int(used.sum()), "intervals": intervals}
+    if any(off_scale.values()):
+        figures |= dict.fromkeys(IN_UNITS, math.nan)
+        intervals |= {name: (math.nan, math.nan) for name in IN_UNITS if name in intervals}
+    counts = {"coverage": float(used.mean()), "count": int(used.sum()), **off_scale}
+    return figures | counts | {"intervals": intervals}
 
 
 def compare_judges(

@@ -1,11 +1,14 @@
 """Judgements as a table: a CSV or Parquet file made from their rows."""
 
 import csv
+import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from tract_lite.data.jsonl import replacing
+from tract_lite.data.files import read_rows
+from tract_lite.data.jsonl import read_rows as read_jsonl, replacing
 
 Row = Mapping[str, Any]
 
@@ -18,13 +21,87 @@ def check_table(path: Path) -> None:
         import pyarrow.parquet  # noqa: F401
 
 
-def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str]) -> None:
-    """Write the rows of judgements as a table with a column for each label's probability."""
-    figures = ["score", "std", "spread", "mode", "mass", *(f"p_{label}" for label in labels), "error_bound"]
-    columns = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
-    columns |= {"error": "string", "gold": "double", "feedback": "string"}
+def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str], given: Mapping[str, Row]) -> None:
+    """Write the rows of judgements as a table: the columns of the input, then those of the judge.
+
+    `given`: by id, the row of the input. A column of the judge that the input has as well gets
+    `judge_` before its name; its id stands there only where the input's own `id` is another one.
+    """
+    own = dict.fromkeys(name for row in given.values() for name in row)
+    figures = ["score", "normalised_score", "std", "spread", "doubt", "mode", "mass"]
+    figures += [*(f"p_{label}" for label in labels), "error_bound"]
+    ours = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
+    ours |= {"error": "string", "gold": "double", "feedback": "string"}
+    if "id" in own and all(str(row.get("id")) == name for name, row in given.items()):
+        del ours["id"]
+    names = {name: _free(name, own) for name in ours}
+    columns = {name: _kind([row.get(name) for row in given.values()]) for name in own}
+    columns |= {names[name]: kind for name, kind in ours.items()}
+
+    def cells(row: Row) -> dict[str, Any]:
+        judged = _cells(row, labels)
+        of_input = {name: _cell(cell, columns[name]) for name, cell in given.get(row["id"], {}).items()}
+        return of_input | {names[name]: judged.get(name) for name in ours}
+
     with replacing(path) as part:
-        TABLES[path.suffix.lower()](part, columns, (_cells(row, labels) for row in rows))
+        TABLES[path.suffix.lower()](part, columns, map(cells, rows))
+
+
+def read_judged(path: Path) -> list[dict[str, Any]]:
+    """The `score`, `gold` and `values` of each row of judgements, from JSONL or a table of them.
+    Raises ValueError: there is no score, or another kind of file.
+    """
+    if path.suffix.lower() == ".jsonl":
+        # Of two rows of one item the later one stands; without an id, each is an item.
+        return list({row.get("id") or (number,): row for number, row in enumerate(read_jsonl(path))}.values())
+    check_table(path)
+    rows = [row for _, row in read_rows(str(path)) if isinstance(row, dict)]
+    names = list(rows[0]) if rows else []
+    score, gold = (next((n for n in reversed(names) if re.fullmatch(f"(judge_)*{w}", n)), None) for w in _MEASURED)
+    if score is None:
+        raise ValueError(f"{path} has no column score or judge_score: it is no table of judgements")
+    values = [number for name in names if (number := _number(name.removeprefix("p_"))) is not None and name[:2] == "p_"]
+    scale = {str(value): value for value in values}
+    return [
+        {"score": _number(row[score]), "gold": _number(row[gold]) if gold else None, "values": scale} for row in rows
+    ]
+
+
+_MEASURED = ("score", "gold")
+# Larger whole numbers, a double can't tell apart.
+_WHOLE = 2**53
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    """The name, or the first with `judge_` before it that differs from all, whatever their case."""
+    others = {other.casefold() for other in taken}
+    while name.casefold() in others:
+        name = f"judge_{name}"
+    return name
+
+
+def _kind(cells: Sequence[Any]) -> str:
+    """The type of a column of the input: that of all its cells, else text."""
+    filled = [cell for cell in cells if cell is not None]
+    kinds = set(map(type, filled))
+    if kinds and kinds <= {int, float} and all(abs(cell) <= _WHOLE for cell in filled if type(cell) is int):
+        return "int" if kinds == {int} else "double"
+    return "bool" if kinds == {bool} else "string"
+
+
+def _cell(cell: Any, kind: str) -> Any:
+    """A cell of the input, spelled out where its column is text."""
+    if cell is None or kind != "string":
+        return cell
+    is_nested = isinstance(cell, (dict, list))
+    return _writable(json.dumps(cell, ensure_ascii=False, default=str) if is_nested else str(cell))
 
 
 def _cells(row: Row, labels: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +126,7 @@ def _write_parquet(path: Path, columns: Mapping[str, str], rows: Iterator[Row]) 
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    types = {"string": pyarrow.string(), "double": pyarrow.float64(), "bool": pyarrow.bool_()}
+    types = {"string": pyarrow.string(), "int": pyarrow.int64(), "double": pyarrow.float64(), "bool": pyarrow.bool_()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     with ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, 4096)):
