@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from judges import base_model, llama_logits, make_adapter, make_wide_judge, score_ids, torch_logits
+from peft import PeftModel
 from tiny import make_family, vocabulary_folder
 
 from tract_lite.engines.llama import LlamaEngine
 from tract_lite.engines.llama_cpp import load_adapter, load_model, quiet_llama, read_spec
+from tract_lite.export.adapter import OTHERWISE
 from tract_lite.export.gguf import export_adapter, export_gguf
 from tract_lite.export.merge import merge_adapter
 from tract_lite.judge import Judge
 from tract_lite.record import Record
-from tract_lite.spec import JudgeSpec
+from tract_lite.spec import SPEC_FILE, JudgeSpec
 
 pytestmark = pytest.mark.export
 
@@ -74,8 +77,49 @@ def test_an_adapter_does_not_go_on_another_base(adapters, shared_once):
 
 def test_an_adapter_that_replaces_weights_is_to_be_merged(adapters, tmp_path):
     adapter = make_adapter(adapters.seed, tmp_path / "adapter", modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"lm_head.*use merge_adapter"):
+    with pytest.raises(ValueError, match=r"whole weights \(lm_head.weight\).*\n.*use merge_adapter"):
         export_adapter(adapter, adapters.seed, tmp_path / "adapter.gguf")
+    export_gguf(merge_adapter(adapters.seed, adapter, tmp_path / "merged"), tmp_path / "judge.gguf", "f32")
+
+
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "LoRA on embeddings or head (lm_head."),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on embeddings or head (model.embed_tokens."),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "biases (model.layers.0."),
+        ({"use_dora": True}, "DoRA (model.layers.0."),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, "embeddings of single tokens (model.embed_tokens."),
+    ],
+    ids=["head", "embeddings", "biases", "dora", "tokens"],
+)
+def test_what_is_refused_alone_and_merged_has_one_way_out_that_leads_there(adapters, tmp_path, options, kind):
+    adapter = make_adapter(adapters.seed, tmp_path / "adapter", **options)
+    refusals = []
+    for refused in (
+        lambda: export_adapter(adapter, adapters.seed, tmp_path / "adapter.gguf"),
+        lambda: merge_adapter(adapters.seed, adapter, tmp_path / "merged", base="16bit"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            refused()
+        refusals.append(str(refusal.value))
+    assert refusals[0] == refusals[1] and kind in refusals[0]
+    assert refusals[0].endswith(OTHERWISE)
+
+
+def test_the_way_out_of_a_refused_adapter_gives_its_judge(adapters, tmp_path):
+    adapter = make_adapter(adapters.seed, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    expected = PeftModel.from_pretrained(base_model(adapters.seed), adapter)
+    ids = score_ids(JudgeSpec.load(adapter))
+    logits = torch_logits(expected, ids)
+    folder = tmp_path / "by peft"
+    expected.merge_and_unload().save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(adapters.seed / name, folder)
+    shutil.copy(adapter / SPEC_FILE, folder)
+    file = export_gguf(folder, tmp_path / "judge.gguf", "f32")
+    np.testing.assert_allclose(llama_logits(file, ids)[0], logits, rtol=0, atol=1e-3)
+    assert read_spec(file) == JudgeSpec.load(adapter)
 
 
 def test_an_adapter_is_exported_for_its_own_seed_alone(adapters, tmp_path):

@@ -120,6 +120,16 @@ def test_an_unusable_record_is_dropped_and_counted_with_its_reason(fields, reaso
     assert [count for text, count in dropped.items() if reason in text] == [2] == [*dropped.values()]
 
 
+def test_where_nothing_can_be_trained_on_the_reasons_are_counted_in_words():
+    spec, vocabulary = load("spm", max_length=600)
+    long, plain = replace(RECORD, response="long " * 1000), replace(RECORD, score=None)
+    words = r"out of 3: longer than 600 tokens \(--max-length\): 2; no gold score: 1$"
+    with pytest.raises(ValueError, match=words):
+        encode_records([long, plain, long], spec, vocabulary, required=True)
+    with pytest.raises(ValueError, match="out of 0: there is none"):
+        encode_records([], spec, vocabulary, required=True)
+
+
 def test_a_sequence_that_just_fits_is_kept_whole():
     spec, vocabulary = load("spm")
     length = len(encode_record(RECORD, spec, vocabulary).ids)

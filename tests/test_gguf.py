@@ -19,7 +19,7 @@ from tract_lite.engines.llama import LlamaEngine
 from tract_lite.engines.llama_cpp import read_spec
 from tract_lite.engines.task import Task
 from tract_lite.export import model_folder
-from tract_lite.export.converter import llama_cpp_source
+from tract_lite.export.converter import llama_cpp_source, quantize
 from tract_lite.export.gguf import export_gguf
 from tract_lite.spec import JudgeSpec
 
@@ -108,9 +108,23 @@ def test_what_can_not_be_written_is_said_before_any_work(model, tmp_path):
 
 
 def test_an_unknown_quantization_is_refused_with_the_known_ones(model, tmp_path):
-    with pytest.raises(ValueError, match="q5_9.*f32.*q4_k_m"):
+    with pytest.raises(ValueError, match="unknown quantization q5_9\ntake q4_k_m, .*f32"):
         export_gguf(model, tmp_path / "judge.gguf", ["q8_0", "q5_9"])
+    with pytest.raises(ValueError, match="IQ2_XS needs an importance matrix"):
+        export_gguf(model, tmp_path / "judge.gguf", "IQ2_XS")
     assert names_in(tmp_path) == set()
+
+
+def test_a_type_in_any_case_names_its_file_as_it_was_asked_for(model, tmp_path):
+    files = export_gguf(model, tmp_path / "judge.gguf", ["Q4_K_M", "F16"], check=False)
+    assert [file.name for file in files] == ["judge-Q4_K_M.gguf", "judge-F16.gguf"]
+    assert names_in(tmp_path) == {file.name for file in files}
+
+
+def test_what_the_quantiser_refuses_is_said_in_its_words(exported, tmp_path):
+    with pytest.raises(RuntimeError, match="quantise to iq1_s: .*requires an imatrix!\nis there room") as refused:
+        quantize(exported[0], tmp_path / "judge.gguf", "iq1_s")
+    assert len(str(refused.value).splitlines()) == 2
 
 
 def test_a_failed_export_says_why_and_leaves_nothing(model, tmp_path, monkeypatch):

@@ -2,12 +2,15 @@ import logging
 from types import SimpleNamespace
 
 import llama_cpp
+import numpy as np
 import pytest
+from judges import make_wide_judge
 from tiny import make_plain_judge
 
-from tract_lite.engines.context import Context
+from tract_lite.engines.context import CACHES, Context
 from tract_lite.engines.llama import LlamaEngine
 from tract_lite.engines.llama_cpp import has_amx, load_model
+from tract_lite.engines.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +83,37 @@ def test_a_torn_file_gives_one_line_that_says_why_and_nothing_louder(path, share
     assert capfd.readouterr().err == ""
 
 
-def test_a_context_that_llama_cpp_refuses_says_why(path):
+def test_a_context_that_llama_cpp_refuses_says_why(path, monkeypatch):
     model = load_model(path)
-    with pytest.raises(RuntimeError, match="1 sequences of 64 tokens: .*(V cache|flash)"):
+    advice = "take cache_type f16: .* needs flash attention and heads of a multiple of 32 values"
+    with pytest.raises(RuntimeError, match=f"1 sequences of 64 tokens: .*(V cache|flash).*\n{advice}"):
         Context(model, 1, 64, cache_type="q4_0", flash_attention=False)
+    # Heads of 16 values.
+    with pytest.raises(RuntimeError, match=f"block size 32 does not divide.*\n{advice}"):
+        Context(model, 1, 64, cache_type="Q8_0")
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *_: None)
+    with pytest.raises(RuntimeError, match="2 sequences of 64 tokens: .*\nlower parallel or context_length$"):
+        Context(model, 2, 64)
     llama_cpp.llama_model_free(model)
 
 
 def test_an_unknown_type_of_cache_is_refused_with_the_known_ones(path):
     model = load_model(path)
-    with pytest.raises(ValueError, match="unknown cache_type 'f17'; there are .*f16.*q8_0"):
-        Context(model, 1, 64, cache_type="f17")
+    # llama.cpp has other types as well, which end the process when they are read.
+    for name in ("f17", "i32", "count"):
+        with pytest.raises(ValueError, match=f"unknown cache_type '{name}'; there are f16, f32, q8_0"):
+            Context(model, 1, 64, cache_type=name)
     llama_cpp.llama_model_free(model)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("cache_type", CACHES)
+def test_every_type_of_cache_that_is_named_can_be_read_back(cache_type, shared_once):
+    # Heads of 64 values, which all blocks divide.
+    file = shared_once("wide_judge", make_wide_judge) / "out" / "judge-3.2-f32"
+    with LlamaEngine(file, threads=1, parallel=1, cache_type=cache_type) as engine:
+        [(_, [sample])] = engine.run([Task([1, *engine.vocabulary.encode("The answer is clear.")], [7], [[8, 9]])])
+    assert np.isfinite(sample.label_log_probabilities).all()
 
 
 def test_at_least_one_sequence_is_asked_for(path):

@@ -13,7 +13,7 @@ import torch
 from judges import adapters_on, base_model, make_adapter, seed_models
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_family, vocabulary_folder
+from tiny import FAMILIES, load_tokenizer, make_family, vocabulary_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tract_lite.export import merge
@@ -276,6 +276,14 @@ def test_what_is_not_lora_on_linear_layers_is_refused(seeds, tmp_path):
         merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
     with pytest.raises(ValueError, match="not an adapter"):
         merge_adapter(seeds["llama"], seeds["llama"], tmp_path / "merged")
+    with pytest.raises(ValueError, match=f"{tmp_path} is not an adapter: .*; {adapter} is one"):
+        merge_adapter(seeds["llama"], tmp_path, tmp_path / "merged")
+
+
+def test_biases_that_an_adapter_trains_are_refused_with_a_way_out(seeds, tmp_path):
+    adapter = make_adapter(seeds["qwen2"], tmp_path / "adapter", load_tokenizer("spm"), bias="lora_only")
+    with pytest.raises(ValueError, match=r"trains biases \(.*k_proj.*\n.*merge_and_unload"):
+        merge_adapter(seeds["qwen2"], adapter, tmp_path / "merged")
 
 
 def test_an_adapter_without_a_spec_is_refused(seeds, adapters, tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from judges import make_wide_judge
@@ -15,24 +16,32 @@ from tiny import (
     ODD_TEXTS,
     REAL,
     SHARED,
+    TRAINED,
+    export_judge,
     gguf_weights,
     load_tokenizer,
+    make_family,
+    make_gemma_spm,
     make_llama,
+    make_phi_spm,
     make_sentences,
     make_spm,
     vocabulary_folder,
 )
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from tract_lite.data.records import read_records
 from tract_lite.engines.llama_cpp import load_model
+from tract_lite.engines.task import Task, room_for
 from tract_lite.export import parity
-from tract_lite.export.parity import Parity, check_export, check_ids, compare, hard_records
+from tract_lite.export.gguf import export_gguf
+from tract_lite.export.parity import Parity, check_export, check_ids, compare, hard_records, long_record, reading_limit
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
 from tract_lite.record import Annotation, Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.training.seed_model import load_seed
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary
 
 
@@ -164,6 +173,103 @@ def test_scores_beyond_the_bound_of_the_type_are_a_warning(spec, caplog):
     assert "distributions differ by 0.2000" in caplog.text and "scores" not in caplog.text
 
 
+def test_a_long_record_beyond_its_own_bound_is_a_warning_that_says_what_to_do(spec, caplog):
+    # Short ones that differ as much as a type does raise its bound.
+    parity._report("q4_k_m", Parity(5, 0, 0.1, 0.5, 0.1, 500, 0.9, 0.39), spec, 64)
+    parity._report("f16", Parity(5, 0, 0.0, 0.0, 0.0, 500, 0.9, 0.09), spec, 64)
+    assert not caplog.records
+    parity._report("q4_k_m", Parity(5, 0, 0.1, 0.5, 0.1, 500, 0.9, 0.41), spec, 64)
+    assert "differ by 0.4100 at 500 tokens, those of others by 0.1000" in caplog.text
+    assert "of 64 tokens at most with this file (context_length=64), or take another seed model" in caplog.text
+    caplog.clear()
+    parity._report("f16", Parity(5, 0, 0.0, 0.0, 0.0, 500, 0.9, float("nan")), spec)
+    assert "judge texts as short as those with this file" in caplog.text
+
+
+@pytest.mark.parametrize("length", [60, 200, 512])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_long_record_fills_the_length_and_fits(name, length):
+    spec = make_spec(load_tokenizer(name), ScoreScale.integers(1, 5), max_length=length)
+    vocabulary = TransformersVocabulary(load_tokenizer(name))
+    reasoning = vocabulary.encode("It is clear.")
+    prompt = prompt_ids(long_record(spec, vocabulary, reasoning, length), spec, vocabulary)
+    assert room_for(Task(prompt, [0], [reasoning]), spec, length) >= len(reasoning)
+    assert length - 50 < len(prompt) + len(reasoning) + len(spec.marker_ids) + 2 <= length
+
+
+def test_where_memory_is_too_small_for_a_long_record_the_others_are_compared(wide, tokenizer, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    free = parity.GB + 2**20
+    monkeypatch.setattr(parity.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parity.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
+    figures = check_export(spec, tokenizer, wide / "model", {"f32": file}, weights=0)["f32"]
+    assert figures.records == 5 and figures.long_tokens == 0
+    assert "no record of 512 tokens is compared" in caplog.text
+
+
+WINDOW = {"sliding_window": 200}
+LONG_ROPE = {
+    "sliding_window": None,
+    "original_max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 128,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    },
+}
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+    "family, options, limit",
+    [
+        ("phi3", WINDOW, 200),
+        ("mistral", WINDOW, 200),
+        ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 0}, 200),
+        ("phi3", LONG_ROPE, 128),
+        ("mistral", {"sliding_window": None}, None),
+        ("gemma2", {**WINDOW, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, "std": 0.05}, None),
+    ],
+    ids=["phi3", "mistral", "qwen2", "long rope", "mistral whole", "gemma2"],
+)
+def test_the_gate_sees_that_llama_cpp_reads_long_records_otherwise(tmp_path, caplog, family, options, limit):
+    vocabulary = {"gemma2": make_gemma_spm, "qwen2": lambda _: vocabulary_folder("split digits")}.get(
+        family, make_phi_spm
+    )
+    folder = make_family(tmp_path / "model", vocabulary(tmp_path / "vocabulary"), family, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    make_spec(tokenizer, ScoreScale.integers(1, 5), template="{{ response }}\n", max_length=400).save(folder)
+    name = "split digits" if family == "qwen2" else "spm"
+    export_judge(name, folder, tmp_path / "judge.gguf")
+    assert reading_limit(AutoConfig.from_pretrained(folder)) == limit
+    warnings = [record.getMessage() for record in caplog.records if record.name == parity.__name__]
+    if limit:
+        assert f"judge texts of {limit} tokens at most with this file (context_length={limit})" in warnings[0]
+    else:
+        assert not warnings
+
+
+@pytest.mark.export
+def test_a_file_whose_texts_are_kept_short_is_the_judge_that_was_trained(tmp_path):
+    """What the warning advises: within the window, or in a context that takes the short factors."""
+    spm = make_phi_spm(tmp_path / "spm")
+    for name, options, limit in (("window", WINDOW, 200), ("rope", LONG_ROPE, 128)):
+        folder = make_family(tmp_path / name, spm, "phi3", **options)
+        spec = make_spec(AutoTokenizer.from_pretrained(folder), ScoreScale.integers(1, 5), max_length=400)
+        spec.save(folder)
+        file = export_gguf(folder, tmp_path / f"{name}.gguf", "f32", check=False)
+        records = [Record(prompt="The answer is short. " * count) for count in (1, 10)]
+        model, tokenizer = load_seed(folder, False, backend="transformers", precision="float32")
+        reasonings = [[TransformersVocabulary(tokenizer).encode("It is clear.")]] * 2
+        with Judge.from_model(model, tokenizer, spec) as reference:
+            judged = list(reference.score_many(records, reasonings=reasonings))
+            with Judge.from_gguf(file, context_length=limit, threads=1) as judge:
+                assert compare(reference, judge, records, judged).mean_distance < 0.01
+
+
 def test_scores_are_not_compared_where_memory_is_too_small_and_the_log_says_so(spec, tokenizer, folder, caplog):
     caplog.set_level(logging.INFO)
     assert check_export(spec, tokenizer, folder, {}, 10**15, records=[]) == {}
@@ -174,6 +280,7 @@ def test_the_gate_passes_what_is_the_same_and_prints_its_figures_where_no_log_ta
     file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
     figures = check_export(spec, tokenizer, wide / "model", {"f32": file}, weights=0)["f32"]
     assert figures.records == 5 and figures.different_prompts == 0 and figures.mean_distance <= 0.001
+    assert 480 < figures.long_tokens < 512 and figures.long_distance <= 0.01
     shown = capsys.readouterr().err
     assert "the ids of 5 prompts" in shown and "parity: f32: 5 records" in shown and "distributions by 0.00" in shown
 
@@ -203,6 +310,7 @@ def test_the_gate_reads_the_records_own_reasonings_and_a_fixed_one_for_the_other
         return compare(judge, other, records, judgements)
 
     monkeypatch.setattr(parity, "compare", note)
+    monkeypatch.setattr(parity, "_judged_long", lambda *_: [])
     file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
     figures = check_export(spec, tokenizer, wide / "model", {"f32": file}, 0, records)["f32"]
     fixed = "The answer is short and clear, but it gives no reason."

@@ -54,8 +54,33 @@ def test_ten_is_a_label_where_it_is_one_token(name):
 
 @pytest.mark.parametrize("name", sorted(set(VOCABULARIES) - WHOLE_TEN))
 def test_ten_is_refused_where_it_is_two_tokens_and_scales_that_fit_are_named(name):
-    with pytest.raises(ValueError, match="'10': .*'1', '0'.*scales that fit: 0 to 9, 1 to 5"):
+    with pytest.raises(
+        ValueError, match="^the label 10 takes 2 tokens in this vocabulary\n.*the scales 0-9, 1-5, 1-3 fit"
+    ):
         find_score_tokens(vocabulary_of(name), MARKER, ScoreScale.integers(1, 10))
+
+
+@pytest.mark.parametrize("name", sorted(set(VOCABULARIES) - WHOLE_TEN))
+def test_a_scale_of_many_labels_is_refused_in_two_short_lines(name):
+    with pytest.raises(ValueError, match=r"the label 10 takes 2 tokens .*91 of 101 labels") as refused:
+        find_score_tokens(vocabulary_of(name), MARKER, ScoreScale.integers(0, 100))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) < 100
+
+
+class Lowering(TransformersVocabulary):
+    """Reads all letters as small ones, as some vocabularies do."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.lower())
+
+
+def test_labels_that_are_read_as_one_are_refused_and_where_nothing_fits_another_seed_is_named():
+    vocabulary = Lowering(load_tokenizer("space and digit"))
+    with pytest.raises(
+        ValueError, match="the labels a=0,A=1 are not told apart.*\n.*no usual scale fits.*another seed"
+    ):
+        find_score_tokens(vocabulary, MARKER, ScoreScale(("a", "A"), (0, 1)))
 
 
 @everywhere

@@ -9,14 +9,17 @@ import numpy as np
 from tract_lite.engines.llama_cpp import complaint, complaints, quiet_llama
 
 BATCH_TOKENS = 512
+# Those of llama.cpp that its kernels read back; with any other it ends the process.
+EXACT_CACHES = ("f16", "f32")
+CACHES = (*EXACT_CACHES, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 class Context:
     """The memory of `sequences` numbered sequences of up to `length` tokens each.
 
     `threads`: None for all CPUs in reach. `flash_attention`: None leaves the choice to llama.cpp.
-    `cache_type`: a type of llama.cpp, such as "f16", "f32" or "q8_0".
-    Raises ValueError: fewer than one sequence, or an unknown type.
+    `cache_type`: one of `CACHES`; all but the first two need flash attention.
+    Raises ValueError: fewer than one sequence, or another type.
     Raises RuntimeError: llama.cpp can't hold that much; also its methods, where llama.cpp fails.
     """
 
@@ -44,10 +47,11 @@ class Context:
         complaints.clear()
         self.pointer = llama.llama_init_from_model(model, params)
         if not self.pointer:
-            raise RuntimeError(
-                f"llama.cpp can't hold {sequences} sequences of {length} tokens: {complaint()}; "
-                "lower parallel or context_length"
-            )
+            advice = "lower parallel or context_length"
+            if cache_type.lower() not in EXACT_CACHES:
+                advice = f"take cache_type f16: {cache_type} needs flash attention and heads of a multiple of 32 values"
+            fault = f"llama.cpp can't hold {sequences} sequences of {length} tokens: {complaint()}"
+            raise RuntimeError(f"{fault}\n{advice}")
         self._numbers = [ctypes.pointer(ctypes.c_int32(number)) for number in range(sequences)]
         self._memory = llama.llama_get_memory(self.pointer)
         self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
@@ -99,11 +103,9 @@ class Context:
 
 
 def _tensor_type(name: str) -> int:
-    llama, prefix = quiet_llama(), "GGML_TYPE_"
-    types = {key[len(prefix) :].lower(): getattr(llama, key) for key in dir(llama) if key.startswith(prefix)}
-    if name.lower() not in types:
-        raise ValueError(f"unknown cache_type {name!r}; there are {', '.join(types)}")
-    return types[name.lower()]
+    if name.lower() not in CACHES:
+        raise ValueError(f"unknown cache_type {name!r}; there are {', '.join(CACHES)}")
+    return getattr(quiet_llama(), f"GGML_TYPE_{name.upper()}")
 
 
 def usable_cpus() -> int:

@@ -11,7 +11,15 @@ from typing import Any, Iterable, Iterator
 
 from tract_lite.data.files import fingerprint
 from tract_lite.engines.context import Context
-from tract_lite.engines.llama_cpp import cache_bytes, load_adapter, load_model, quiet_llama, spec_at, spec_of
+from tract_lite.engines.llama_cpp import (
+    cache_bytes,
+    check_generates,
+    load_adapter,
+    load_model,
+    quiet_llama,
+    spec_at,
+    spec_of,
+)
 from tract_lite.engines.sampler import jobs_of
 from tract_lite.engines.sequences import Slots
 from tract_lite.engines.task import Answers, Engine, Sample, Task
@@ -41,11 +49,11 @@ class LlamaEngine(Engine):
     `context_length`: tokens that one sample may take, by default the spec's `max_length` within
     what the model was trained for; the memory holds `parallel` times as many. `parallel`: None for
     what `default_parallel` gives. `threads`: None for all CPUs in reach. `gpu_layers`: below 0 for
-    all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: a type of llama.cpp,
-    such as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's
-    own order.
-    Raises ValueError: not a usable GGUF file, no judge spec, the spec of another vocabulary, or
-        `repack` on a processor with AMX.
+    all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: as in `Context`, such
+    as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's own
+    order.
+    Raises ValueError: not a usable GGUF file, a recurrent or hybrid model, no judge spec, the spec
+        of another vocabulary, or `repack` on a processor with AMX.
     Raises RuntimeError: llama.cpp can't hold that much.
     """
 
@@ -68,8 +76,7 @@ class LlamaEngine(Engine):
         self._slots: Slots | None = None
         self._llama = llama = quiet_llama()
         self._model = load_model(path, n_gpu_layers=gpu_layers, use_extra_bufts=repack)
-        if llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model):
-            raise ValueError(f"{path} is a recurrent model, which can't be set back to its prompt")
+        check_generates(self._model)
         self.vocabulary = GGUFVocabulary(self._model)
         self._adapters: dict[Path, tuple[Any, JudgeSpec | None]] = {}
         self.identity = {"fingerprint": fingerprint(path), "adapter": fingerprint(adapter) if adapter else None}

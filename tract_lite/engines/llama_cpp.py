@@ -83,6 +83,18 @@ def load_model(path: str | Path, **params: Any) -> Any:
     return model
 
 
+def check_generates(model: Any) -> None:
+    """Raises ValueError: the engine can't write with such a model; its vocabulary is enough."""
+    llama = quiet_llama()
+    if llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model):
+        fault = "this is a recurrent or hybrid model, which llama.cpp can't set back to a prompt"
+    elif llama.llama_model_has_encoder(model) or llama.llama_model_is_diffusion(model):
+        fault = "this model does not write from left to right"
+    else:
+        return
+    raise ValueError(f"{fault}\ntake a seed model with attention alone, such as a Llama, Mistral, Qwen or Phi")
+
+
 def cache_bytes(model: Any) -> int:
     """Bytes that one token takes in a context's memory, in 16 bits."""
     llama = quiet_llama()

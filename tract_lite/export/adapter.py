@@ -16,6 +16,20 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # LoRA initialisations that take their start off the seed model's weights.
 CHANGES_SEED = ("pissa", "olora", "corda", "loftq")
+# What peft can train that is not merged here, by a part of its tensors' names.
+OTHER_KINDS = {
+    "base_layer.bias": "biases",
+    "lora_B.bias": "biases",
+    "lora_magnitude": "DoRA",
+    "base_layer": "LoRA on embeddings or head",
+    "lora_embedding": "LoRA on embeddings or head",
+    "token_adapter": "embeddings of single tokens",
+    ".lora_": "LoRA on other layers",
+}
+OTHERWISE = (
+    "merge it with peft's merge_and_unload, save that with the seed model's tokenizer files "
+    "and the adapter's judge_spec.json, and export the folder"
+)
 # Rows compared per weight, to tell one seed model from another.
 COMPARED_ROWS = 16
 
@@ -28,22 +42,24 @@ class Adapter:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-            raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}")
+            inside = next((path.parent for path in folder.glob(f"*/{CONFIG_FILE}")), None)
+            hint = f"; {inside} is one" if inside else ""
+            raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}{hint}")
         self.size = (folder / WEIGHTS_FILE).stat().st_size
         self.config = read_json(folder / CONFIG_FILE)
         start = str(self.config.get("init_lora_weights")).lower()
         if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
             other = f"fan_in_fan_out or a start that changes the seed model ({', '.join(CHANGES_SEED)})"
-            raise ValueError(f"the adapter was made with {other}: only plain LoRA on linear layers can be merged")
+            raise ValueError(f"the adapter was made with {other}, and only plain LoRA is merged here\n{OTHERWISE}")
         self.saved: dict[str, torch.Tensor] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {}
         for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()):
             name = key.removeprefix("base_model.model.")
-            layer, is_pair, _ = name.partition(".lora_")
-            if re.search(r"\.lora_[AB]\.weight$", name):
-                self.pairs.setdefault(f"{layer}.weight", []).append(tensor)
-            elif is_pair:
-                raise ValueError(f"only LoRA on linear layers and modules_to_save can be merged, no {name}")
+            if pair := re.fullmatch(r"(.+)\.lora_[AB]\.weight", name):
+                self.pairs.setdefault(f"{pair[1]}.weight", []).append(tensor)
+            elif kind := next((words for part, words in OTHER_KINDS.items() if part in name), None):
+                fault = f"the adapter trains {kind} ({name}), and only LoRA on linear layers and modules_to_save"
+                raise ValueError(f"{fault} are merged here\n{OTHERWISE}")
             else:
                 self.saved[name] = tensor
         if self.config.get("ensure_weight_tying") and EMBEDDING in self.saved:
@@ -59,10 +75,11 @@ class Adapter:
         changed = {name: tuple(tensor.shape) for name, tensor in self.saved.items()}
         changed |= {name: (up.shape[0], down.shape[1]) for name, (down, up) in self.pairs.items()}
         if lacking := sorted(changed.keys() - shapes.keys()):
-            raise ValueError(f"the adapter changes weights the seed model lacks: {', '.join(lacking)}")
+            raise ValueError(f"the adapter changes weights the seed model lacks: {_some(lacking)}\n{OTHERWISE}")
         both = [(name, shape, tuple(shapes[name])) for name, shape in changed.items()]
         if unequal := [f"{name} {ours} and {theirs}" for name, ours, theirs in both if ours != theirs]:
-            raise ValueError(f"the adapter's weights and the seed model's have other shapes: {', '.join(unequal)}")
+            advice = "give the seed model that it was trained on"
+            raise ValueError(f"adapter and seed model have other shapes: {_some(unequal)}\n{advice}")
 
     def check_seed(self, seed_model: str | Path, seed_dir: Path) -> None:
         """Raises ValueError: the adapter was trained on another seed model than that in `seed_dir`.
@@ -73,11 +90,19 @@ class Adapter:
         trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed model"
         try:
             same = _same_weights(seed_folder(trained_on, download=False), seed_dir)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             same = _name(trained_on) == _name(seed_model)
         if not same:
             advice = "give that one; if both are the same, let its folder have that name"
-            raise ValueError(f"the adapter was trained on {trained_on}, not on {seed_model}: {advice}")
+            raise ValueError(f"the adapter was trained on {trained_on}, not on {seed_model}\n{advice}")
+
+    def check_alone(self) -> None:
+        """Raises ValueError: it replaces whole weights, which llama.cpp has no adapter for."""
+        if self.saved:
+            raise ValueError(
+                f"the adapter replaces whole weights ({_some(sorted(self.saved))}), which llama.cpp can't do\n"
+                "merge it: use merge_adapter and export_gguf, or tract-lite merge and export"
+            )
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed weight, in float32 where it is a sum; an unchanged one as it is."""
@@ -106,6 +131,11 @@ class Adapter:
             tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up.float() * rest}
         save_file(tensors, folder / WEIGHTS_FILE)
         write_json(folder / CONFIG_FILE, self.config)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, and how many there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _name(seed_model: str | Path) -> str:

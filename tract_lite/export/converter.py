@@ -1,6 +1,8 @@
 """GGUF files with a judge's spec, written by llama.cpp's own converter and quantiser."""
 
 import ctypes
+import json
+import logging
 import os
 import re
 import runpy
@@ -15,11 +17,19 @@ from tempfile import TemporaryDirectory
 from typing import Any, Sequence
 
 from tract_lite.data.files import cache_folder
-from tract_lite.engines.llama_cpp import SPEC_KEY, quiet_llama
+from tract_lite.engines.llama_cpp import SPEC_KEY, complaints, load_model, quiet_llama
 from tract_lite.spec import JudgeSpec
+from tract_lite.vocabulary import GGUFVocabulary
 
 _MODELS, _ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+# What llama.cpp makes with an importance matrix alone, and what its quantiser knows by name alone.
+NEED_MATRIX = "iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_xs q2_k_s".split()
+_NOT_MADE = ("nvfp4",)
+_USUAL = "q4_k_m, q5_k_m, q6_k, q8_0, f16, bf16 or f32"
 _NEEDED = re.compile(r"[^/]+/vendor/llama\.cpp/(convert_\w+\.py|conversion/.+|gguf-py/.+)")
+
+
+logger = logging.getLogger(__name__)
 
 
 def llama_cpp_source() -> Path:
@@ -30,7 +40,8 @@ def llama_cpp_source() -> Path:
     """
     if chosen := os.environ.get("LLAMA_CPP_DIR"):
         if not Path(chosen, _MODELS).is_file():
-            raise ValueError(f"LLAMA_CPP_DIR is {chosen}, which has no {_MODELS}")
+            advice = "let it name llama.cpp's source, or unset it"
+            raise ValueError(f"LLAMA_CPP_DIR is {chosen}, which has no {_MODELS}\n{advice}")
         return Path(chosen).resolve()
     release = version("llama_cpp_python").partition("+")[0]
     folder = cache_folder() / f"llama.cpp-{release}"
@@ -71,7 +82,8 @@ def run_converter() -> None:
     parent = os.getppid()
 
     def end_with_parent() -> None:
-        # A killed export must not leave a process that goes on filling the disk.
+        # A killed export must not leave a process that goes on filling the disk. On Windows, where
+        # the id stays as it was, it goes on to its end.
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -81,48 +93,85 @@ def run_converter() -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def read_texts() -> None:
+    """Read the texts on standard input, a JSON list, with the vocabulary of a GGUF file.
+
+    The file is this process's first argument. An assertion of llama.cpp's ends the process.
+    """
+    vocabulary = GGUFVocabulary(load_model(sys.argv[1], vocab_only=True))
+    for text in json.load(sys.stdin):
+        vocabulary.encode(text)
+
+
 def file_types() -> dict[str, int]:
-    """The names of llama.cpp's file types, such as "q4_k_m", with their numbers."""
+    """The names of the file types that llama.cpp makes, such as "q4_k_m", with their numbers."""
     llama, prefix = quiet_llama(), "LLAMA_FTYPE_MOSTLY_"
     mostly = {name[len(prefix) :].lower(): value for name, value in vars(llama).items() if name.startswith(prefix)}
-    return {"f32": llama.LLAMA_FTYPE_ALL_F32, **mostly}
+    return {"f32": llama.LLAMA_FTYPE_ALL_F32, **{name: mostly[name] for name in mostly if name not in _NOT_MADE}}
+
+
+def check_types(names: Sequence[str]) -> None:
+    """Raises ValueError: no type, one that can't be made here, or one in two spellings."""
+    if not names:
+        raise ValueError(f"no quantization is asked for\ntake {_USUAL}")
+    known, lowered = file_types(), [name.lower() for name in names]
+    if unknown := [name for name in names if name.lower() not in known]:
+        raise ValueError(f"unknown quantization {', '.join(unknown)}\ntake {_USUAL}, or another of llama.cpp's")
+    if needing := [name for name in names if name.lower() in NEED_MATRIX]:
+        raise ValueError(f"{', '.join(needing)} needs an importance matrix, which is not made here\ntake {_USUAL}")
+    if len(set(lowered)) < len(set(names)):
+        raise ValueError(f"one quantization is asked for in two spellings: {', '.join(names)}\nname it once")
 
 
 def quantize(source: Path, out: Path, name: str) -> None:
     """Write a GGUF file in another of llama.cpp's types. Raises RuntimeError: it could not."""
     llama = quiet_llama()
+    complaints.clear()
     params = llama.llama_model_quantize_default_params()
     params.ftype = file_types()[name]
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params)):
-        cause = "the disk is full, or it needs an importance matrix (q4_k_m, q5_k_m, q6_k and q8_0 do not)"
-        raise RuntimeError(f"llama.cpp could not quantise to {name}: {cause}")
+        # The last complaint is in one line, unlike those before it.
+        cause = complaints[-1].rpartition(": ")[2] if complaints else "no reason given"
+        advice = "is there room on the disk? if there is, take another type, such as q8_0"
+        raise RuntimeError(f"llama.cpp could not quantise to {name}: {cause}\n{advice}")
 
 
 def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec: JudgeSpec | None) -> None:
     source = llama_cpp_source()
-    paths = (source / "gguf-py", Path(__file__).parents[2], os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = ["-c", f"from {__name__} import run_converter; run_converter()", script, str(folder.resolve())]
     command += ["--outfile", str(out.resolve()), *options]
-    if log := _run(command, cwd=source, env=environment, input=spec.to_json() if spec else ""):
-        raise RuntimeError(f"llama.cpp's converter failed on {folder}:\n{log}")
+    if fault := run_python(command, source / "gguf-py", cwd=source, input=spec.to_json() if spec else ""):
+        known = f"is this model known to llama-cpp-python {quiet_llama().__version__}? if not, upgrade it"
+        advice = f"{known}, or choose another seed model"
+        raise RuntimeError(f"llama.cpp's converter failed on {folder.name}: {fault}\n{advice}")
 
 
-def _run(arguments: Sequence[str], **options: Any) -> str:
-    """Run Python; nothing after success, else the last lines that it wrote."""
+def run_python(arguments: Sequence[str], *paths: Path, **options: Any) -> str:
+    """Run Python, with `paths` and this package to import from; `options` are subprocess.run's.
+
+    Nothing comes back after success, else the last line that it wrote; the log has more.
+    """
+    found = (*paths, Path(__file__).parents[2], os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, found)), "GGML_NO_BACKTRACE": "1"}
+    # Paths and messages may hold letters that the user's locale lacks.
+    environment |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-    done = subprocess.run([sys.executable, *arguments], **options)
-    tail = done.stdout.splitlines()[-15:]
-    return "\n".join([*tail, f"exit status {done.returncode}"]) if done.returncode else ""
+    done = subprocess.run([sys.executable, *arguments], env=environment, **options)
+    if not done.returncode:
+        return ""
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    logger.info("%s", "\n".join(lines[-15:]))
+    last = lines[-1].strip() if lines else "no reason given"
+    return f"{last} (ended by signal {-done.returncode})" if done.returncode < 0 else last
 
 
 def _fetch_source(release: str, folder: Path) -> None:
     with TemporaryDirectory(dir=folder.parent) as temporary:
         command = f"-m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python=={release} --dest"
-        if log := _run([*command.split(), temporary]):
-            advice = f"set LLAMA_CPP_DIR to the vendor/llama.cpp folder of version {release}"
-            fault = "pip could not fetch llama-cpp-python's source with llama.cpp's converter"
-            raise RuntimeError(f"{fault}: try with a package index in reach, or {advice}\n{log}")
+        if fault := run_python([*command.split(), temporary]):
+            advice = f"let LLAMA_CPP_DIR name the vendor/llama.cpp folder of llama-cpp-python {release}'s source"
+            what = f"pip could not fetch llama.cpp's converter: {fault}"
+            raise RuntimeError(f"{what}\ngo on where a package index is in reach, or {advice}")
         source = Path(temporary, "source")
         with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
             for member in archive:

@@ -10,9 +10,10 @@ from typing import Any, Sequence
 from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.engines.llama_cpp import read_spec
 from tract_lite.export.adapter import Adapter
-from tract_lite.export.converter import convert_adapter, convert_model, file_types, quantize
+from tract_lite.export.converter import check_types, convert_adapter, convert_model, quantize
+from tract_lite.export.exportable import check_convertible, check_folder, check_reading
 from tract_lite.export.model_folder import copy_other_files, seed_folder, work_folder
-from tract_lite.export.parity import check_export, check_vocabulary
+from tract_lite.export.parity import check_export
 from tract_lite.record import Record
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
@@ -34,29 +35,28 @@ def export_gguf(
 ) -> Path | list[Path]:
     """Write a model folder as GGUF with the judge's spec inside, and check what was written.
 
-    `quantization`: one of llama.cpp's file types ("f16", "q8_0", "q4_k_m", ...), or several: then
-    `judge.gguf` stands for `judge-q8_0.gguf`, `judge-q4_k_m.gguf`, and a list comes back. `spec` is
-    the folder's own unless given; without any, nothing is checked. `check`: see
+    `quantization`: one of llama.cpp's file types ("f16", "q8_0", "q4_k_m", ..., in any case), or
+    several: then `judge.gguf` stands for `judge-q8_0.gguf`, `judge-q4_k_m.gguf`, and a list comes
+    back. `spec` is the folder's own unless given; without any, nothing is checked. `check`: see
     `parity.check_export`, on `records` or made-up ones. `figures`: a JSON file that gets what it
     has measured, by file name. No file has its name before it is complete and checked.
-    Raises ValueError: an unknown type, a folder that lacks something, or another vocabulary's spec.
+    Raises ValueError: a type that is unknown or needs an importance matrix, a folder that lacks
+        something, or another vocabulary's spec.
     Raises RuntimeError: the converter is out of reach, llama.cpp could not write the file, it reads
         other tokens than transformers, or the disk has no room.
     """
     model_dir, out = Path(model_dir), Path(out)
     single = isinstance(quantization, str)
-    asked = [quantization] if isinstance(quantization, str) else quantization
-    names, known = list(dict.fromkeys(name.lower() for name in asked)), file_types()
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown quantization {', '.join(unknown)}; there are {', '.join(known)}")
-    if not names:
-        raise ValueError("no quantization is asked for")
+    asked = [quantization] if isinstance(quantization, str) else list(dict.fromkeys(quantization))
+    check_types(asked)
+    names = [name.lower() for name in asked]
     # A dot in a name is not always that of a suffix.
     stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
-    targets = [out] if single else [out.with_name(f"{stem}-{name}{suffix}") for name in names]
+    targets = [out] if single else [out.with_name(f"{stem}-{name}{suffix}") for name in asked]
     if folders := [str(target) for target in targets if target.is_dir()]:
         raise ValueError(f"{', '.join(folders)} is a folder: name a file")
-    _check_convertible(model_dir)
+    check_folder(model_dir)
+    check_convertible(model_dir)
     if spec is None and (model_dir / SPEC_FILE).is_file():
         spec = JudgeSpec.load(model_dir)
     tokenizer = _tokenizer(model_dir, spec) if check and spec else None
@@ -86,7 +86,7 @@ def export_adapter(
     llama.cpp adds it to its seed model's GGUF file when it is loaded, so one such file serves many
     judges: `Judge.from_gguf(base, adapter=out)`. `seed_model`: a folder or hub id, of which only
     config and tokenizer are needed. `spec` is the adapter's own unless given. `check`: see
-    `parity.check_vocabulary`; scores hang on the base file and are not compared.
+    `exportable.check_reading`; scores hang on the base file and are not compared.
 
     The base file rounds the seed model otherwise than training did. In the example (scale 1 to 5),
     scores differ from the trained judge's by 0.021 on average with an f16 or q8_0 base and by 0.034
@@ -101,10 +101,8 @@ def export_adapter(
     spec = spec or JudgeSpec.load(adapter_dir)
     seed_dir = seed_folder(seed_model, weights=False)
     changes.check_seed(seed_model, seed_dir)
-    if changes.saved:
-        saved = ", ".join(changes.saved)
-        raise ValueError(f"the adapter replaces whole weights ({saved}): use merge_adapter and export_gguf")
-    _check_folder(seed_dir)
+    changes.check_alone()
+    check_folder(seed_dir)
     tokenizer = _tokenizer(seed_dir, spec) if check else None
     with work_folder(out, 4 * changes.size) as folder:
         base, adapter, part = folder / "seed", folder / "adapter", folder / "part.gguf"
@@ -113,9 +111,7 @@ def export_adapter(
         changes.save_for_llama_cpp(adapter)
         convert_adapter(adapter, base, part, spec)
         if tokenizer:
-            vocabulary = folder / "vocabulary.gguf"
-            convert_model(base, vocabulary, "f16", None, "--vocab-only")
-            check_vocabulary(spec, tokenizer, vocabulary)
+            check_reading(base, folder / "vocabulary.gguf", spec, tokenizer)
         os.replace(part, out)
     return out
 
@@ -139,29 +135,6 @@ def _source(names: Sequence[str]) -> str:
     """The type to make the others of: the most exact one that is asked for, else 16 bits."""
     exact = [name for name in EXACT if name in names]
     return exact[0] if exact else "q8_0" if set(names) == {"q8_0"} else "auto"
-
-
-def _check_folder(model_dir: Path) -> None:
-    if not (model_dir / "config.json").is_file():
-        inside = next((path.parent for path in model_dir.glob("*/config.json")), None)
-        hint = f"; {inside} is one" if inside else ""
-        raise ValueError(f"{model_dir} is not a model folder: it has no config.json{hint}")
-    tokenizer = model_dir / "tokenizer.json"
-    # Without it the converter gives every token of an SPM vocabulary one score, without a word.
-    if not (model_dir / "tokenizer.model").is_file() and read_json(tokenizer).get("model", {}).get("byte_fallback"):
-        advice = "copy that file from the folder of the model it was made from"
-        raise ValueError(f"{model_dir} has a SentencePiece vocabulary but no tokenizer.model: {advice}")
-
-
-def _check_convertible(model_dir: Path) -> None:
-    _check_folder(model_dir)
-    config = read_json(model_dir / "config.json")
-    if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
-        raise ValueError(f"{model_dir} holds weights in bitsandbytes' 4 or 8 bits: give the model in 16 bits")
-    if config.get("model_type", "").startswith("gemma") and not config.get("tie_word_embeddings", True):
-        # Its converter leaves the head out without a word.
-        advice = "train without lm_head and embed_tokens in modules_to_save"
-        raise ValueError(f"{model_dir} has untied embeddings, but llama.cpp knows Gemma with tied ones alone: {advice}")
 
 
 def _tokenizer(folder: Path, spec: JudgeSpec) -> Any:

@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from tract_lite.data.jsonl import read_json
 from tract_lite.export.adapter import EMBEDDING, HEAD, Adapter
 from tract_lite.export.model_folder import copy_other_files, is_merged_judge, seed_folder, weight_files, work_folder
 from tract_lite.spec import SPEC_FILE, JudgeSpec
@@ -40,9 +41,8 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
         be merged, or `out_dir` holds something else.
     Raises RuntimeError: the disk has no room.
     """
-    if base not in ("4bit", "16bit"):
-        raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
     seed_dir, out_dir = seed_folder(seed_model), Path(out_dir).resolve()
+    _check_base(seed_dir, base)
     if out_dir.exists() and any(out_dir.iterdir()) and (not is_merged_judge(out_dir) or out_dir == seed_dir.resolve()):
         raise ValueError(f"{out_dir} is there and holds other things than an older merge: choose another folder")
     changes = Adapter(adapter)
@@ -50,21 +50,45 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     changes.check_seed(seed_model, seed_dir)
     weights = _find_weights(seed_dir, changes)
     changes.check_fits({weight.name: weight.shape for weight in weights})
-    if base == "16bit" and any(weight.is_packed for weight in weights):
-        raise ValueError(f"{seed_model} is there in 4 bits alone: give the model that it was made from")
     size = sum(weight.size for weight in weights)
     with work_folder(out_dir, size, "export the adapter alone: export_adapter needs no merge") as folder:
         merged = folder / "merged"
         merged.mkdir()
         # What a seed model in 4 bits keeps in 16 was so in training too.
         in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
-        _merge_weights(weights, changes, _quantised(seed_dir) if in_training else set(), merged)
+        _merge_weights(weights, changes, _linear_weights(seed_dir) if in_training else set(), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
         shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
         if out_dir.exists():
             os.replace(out_dir, folder / "old")
         os.replace(merged, out_dir)
     return out_dir
+
+
+def check_mergeable(seed_dir: Path, base: str) -> None:
+    """Make sure that an adapter on all linear layers can be merged onto a seed model.
+
+    Where its weights are not there yet, what hangs on their names stays open.
+    Raises ValueError: an unknown base, one that the seed model is not stored in, or weights in
+        another format or with other names than transformers gives them.
+    """
+    _check_base(seed_dir, base)
+    if not any(seed_dir.glob("*.safetensors*")):
+        if any(seed_dir.glob("*.bin")):
+            advice = "load the model with transformers and save it into its folder"
+            raise ValueError(f"{seed_dir} has its weights in *.bin files, and a merge reads safetensors\n{advice}")
+        return
+    if lacking := sorted(_linear_weights(seed_dir) - weight_files(seed_dir).keys()):
+        fault = f"its files have weights such as {lacking[0]} under other names than transformers"
+        raise ValueError(f"nothing can be merged onto {seed_dir}: {fault}\nchoose another seed model")
+
+
+def _check_base(seed_dir: Path, base: str) -> None:
+    if base not in ("4bit", "16bit"):
+        raise ValueError(f"base must be '4bit' or '16bit', got {base!r}")
+    kept = read_json(seed_dir / "config.json").get("quantization_config") or {}
+    if base == "16bit" and kept.get("load_in_4bit"):
+        raise ValueError(f"{seed_dir} is there in 4 bits alone\ngive the model that it was made from, or base 4bit")
 
 
 class _Weight:
@@ -108,7 +132,7 @@ def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
     for weight in weights:
         if weight.dtype not in DTYPES:
             fault = f"the seed model has weights of type {weight.dtype} ({weight.name})"
-            raise ValueError(f"{fault}: give it in 16 or 32 bits, or in bitsandbytes' 4 bits")
+            raise ValueError(f"{fault}\ngive it in 16 or 32 bits, or in bitsandbytes' 4 bits")
     return weights
 
 
@@ -155,8 +179,8 @@ def _header(shard: Sequence[_Weight]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _quantised(seed_dir: Path) -> set[str]:
-    """The names of the weights that 4-bit loading quantises: all linear layers but the head."""
+def _linear_weights(seed_dir: Path) -> set[str]:
+    """The weights of all linear layers but the head: what LoRA changes and 4-bit loading packs."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ from typing import Iterator
 from safetensors import safe_open
 
 from tract_lite.data.jsonl import read_json
+from tract_lite.data.places import why_not_loaded
 from tract_lite.spec import SPEC_FILE
 
 GB = 10**9
@@ -48,14 +49,17 @@ def is_merged_judge(folder: Path) -> bool:
 
 def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool = True) -> Path:
     """The folder of a seed model; of a hub id, the one in the hub's cache, perhaps without weights.
-    Raises OSError, ValueError: no such model.
+    Raises FileNotFoundError: no such folder, or the hub does not give it.
     """
     if Path(seed_model).is_dir():
         return Path(seed_model)
     from huggingface_hub import snapshot_download
 
     unused = ["*.bin", "*.gguf", "*.pth", "consolidated*", "original/*", *["*.safetensors"] * (not weights)]
-    return Path(snapshot_download(str(seed_model), ignore_patterns=unused, local_files_only=not download))
+    try:
+        return Path(snapshot_download(str(seed_model), ignore_patterns=unused, local_files_only=not download))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(why_not_loaded(seed_model, error)) from error
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -66,7 +70,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     # Some models bring a second set of weights under other names.
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no safetensors files")
+        advice = "load the model with transformers and save it into its folder"
+        raise ValueError(f"{folder} holds no safetensors files\n{advice}")
     where = {}
     for file in files:
         with safe_open(file, "pt") as opened:

@@ -18,6 +18,9 @@ from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
+# So many reasons are named where nothing can be trained on.
+MOST_REASONS = 3
+
 
 @dataclass(frozen=True)
 class Example:
@@ -57,7 +60,7 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
     label = spec.label_ids[spec.scale.nearest(record.score)]
     ids = [*prompt, *reasoning, *spec.marker_ids, label, spec.eos_id]
     if len(ids) > spec.max_length:
-        raise Unusable(f"longer than {spec.max_length} tokens")
+        raise Unusable(f"longer than {spec.max_length} tokens (--max-length)")
     return Example(ids, len(prompt), len(ids) - 2, record.score)
 
 
@@ -75,7 +78,8 @@ def encode_records(
         except Unusable as reason:
             dropped[str(reason)] += 1
     if required and not examples:
-        raise ValueError(f"no record can be trained on, out of {len(records)}: {dict(dropped)}")
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common(MOST_REASONS))
+        raise ValueError(f"no record can be trained on, out of {len(records)}: {reasons or 'there is none'}")
     return examples, dropped
 
 

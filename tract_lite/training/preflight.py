@@ -23,7 +23,7 @@ SEQUENCES = 2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # Keeps small gradients above the least float16, as the scaler does in training.
 LOSS_FACTOR = 1024.0
-BACKEND_ADVICE = "this training backend computes other things; load_seed(..., backend='transformers') does not"
+ADVICE = "take another training backend (load_seed(..., backend='transformers')), or another seed model"
 
 
 def preflight(
@@ -44,7 +44,7 @@ def preflight(
         # A backend may give logits in their place.
         if found != width:
             fault = f"the hidden states are {found} wide, the model's are {width}"
-            raise RuntimeError(f"preflight: {fault}: {BACKEND_ADVICE}")
+            raise RuntimeError(f"preflight: {fault}\n{ADVICE}")
         loss, plain = check_loss(trainer, batch)
         count = check_gradients(trainer, batch)
     message = "preflight: loss %.4f, by the plain formula %.4f; all %d LoRA B matrices get a gradient"
@@ -58,7 +58,8 @@ def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocab
         spelled = vocabulary.decode([example.ids[example.score_position]])
         if spelled.strip() != label.strip():
             fault = f"a score token spells {spelled!r}, its gold label is {label!r}"
-            raise RuntimeError(f"preflight: {fault}: the spec belongs to another vocabulary")
+            advice = "the spec belongs to another vocabulary: make it with this tokenizer, by make_spec"
+            raise RuntimeError(f"preflight: {fault}\n{advice}")
 
 
 def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -71,7 +72,7 @@ def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple
         plain = plain_loss(trainer, batch).item()
     tolerance = TOLERANCE[compute_dtype(trainer.model)] * max(1.0, abs(plain))
     if not abs(loss - plain) <= tolerance:
-        raise RuntimeError(f"preflight: the loss is {loss:.5g}, by the plain formula {plain:.5g}: {BACKEND_ADVICE}")
+        raise RuntimeError(f"preflight: the loss is {loss:.5g}, by the plain formula {plain:.5g}\n{ADVICE}")
     return loss, plain
 
 
@@ -105,5 +106,5 @@ def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> 
     model.zero_grad()
     if faulty:
         fault = f"{len(faulty)} of {len(matrices)} LoRA B matrices get no usable gradient, such as {faulty[0]}"
-        raise RuntimeError(f"preflight: {fault}: {BACKEND_ADVICE}")
+        raise RuntimeError(f"preflight: {fault}\n{ADVICE}")
     return len(matrices)
