@@ -35,6 +35,8 @@ from tract_lite import (
     Run,
     RunOptions,
     apart,
+    check_exportable,
+    errors_in_words,
     estimate_run,
     export_adapter,
     export_gguf,
@@ -61,8 +63,11 @@ def two_stage(options: RunOptions, run: Run) -> None:
 
     # What both stages share: the seed model (p_0), how it is asked, and how it is trained.
     seed = preset.seed
+    if run.is_first and not options.train_only and not run.stages():
+        check_exportable(quantization=preset.quantization, base=preset.base, **seed)
     p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
-    judge_of = partial(Judge.from_adapter, precision=preset.precision, parallel=preset.parallel)
+    opened = {"seed_model": preset.seed_model, "precision": preset.precision, "parallel": preset.parallel}
+    judge_of = partial(Judge.from_adapter, **opened)
     open_seed = partial(Judge.from_seed, parallel=preset.parallel, **seed)
     records = reasoned([*data.training, *data.validation], run, open_seed)
     training, validation = apart(records, data.validation)
@@ -110,7 +115,10 @@ def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> N
 
 def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Sequence[Record]) -> list[Path]:
     """The adapter alone, then the merged judge in each type; checked on some held-out items."""
-    seed_model = JudgeSpec.load(adapter).base_model
+    seed_model = preset.seed_model
+    if not Path(seed_model).is_dir():
+        # Of a hub id, Unsloth may have trained its own 4-bit copy.
+        seed_model = JudgeSpec.load(adapter).base_model
     if not (run / "adapter.gguf").exists():
         run.keep(export_adapter(adapter, seed_model, scratch / "adapter.gguf"))
     files = [run / f"judge-{name}.gguf" for name in preset.quantization]
@@ -125,17 +133,11 @@ def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Seq
 
 def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parse_options(arguments)
-    run = Run(options.out)
-    with run.log():
-        try:
+    with errors_in_words():
+        options = parse_options(arguments)
+        run = Run(options.out)
+        with run.log():
             two_stage(options, run)
-        except (ValueError, FileNotFoundError) as error:
-            logger.error("error: %s", error)
-            raise SystemExit(2) from error
-        except KeyboardInterrupt:
-            logger.error("stopped; the same command goes on")
-            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

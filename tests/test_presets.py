@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,22 +83,60 @@ def test_a_machine_gets_the_preset_of_its_memory(
     assert (options.preset, options.out) == (name, f"runs/{name}")
 
 
-def test_settings_tell_data_by_their_content(tmp_path: Path) -> None:
-    data = tmp_path / "scores.csv"
-    options = parse_options(["--data", str(data), "--preset", "quick"])
-    found = []
-    for text in ("response,score\na,1\n", "response,score\na,2\n"):
-        data.write_text(text)
-        found.append(settings_of(options))
-    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["data_sha256"]
+def test_settings_tell_files_by_their_content_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    def settings(folder: Path, data: str) -> dict[str, Any]:
+        files = [f"--data {data}", f"--held-out {data}", "--template t.jinja", "--seed-model model"]
+        flags = [(flag, str(folder / name)) for flag, name in map(str.split, files)]
+        return settings_of(parse_options(["--preset", "quick", *chain.from_iterable(flags)]))
+
+    folder = tmp_path / "here"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "t.jinja").write_text("{{ response }}")
+    (folder / "scores.csv").write_text("response,score\na,1\n")
+    first = settings(folder, "scores.csv")
+    hashed = {name for name in first if name.endswith("_sha256") and first[name]}
+    assert hashed == {f"{name}_sha256" for name in ("data", "held_out", "template", "seed_model")}
+    moved = folder.rename(tmp_path / "dort, wo Öfen sind")
+    (moved / "scores.csv").rename(moved / "Noten.csv")
+    again = settings(moved, "Noten.csv")
+    assert all(first[name] == again[name] for name in hashed)
+    (moved / "Noten.csv").write_text("response,score\na,2\n")
+    (moved / "model" / "config.json").write_text('{"a": 1}')
+    other = settings(moved, "Noten.csv")
+    assert {name for name in hashed if first[name] != other[name]} == hashed - {"template_sha256"}
 
 
-def test_settings_hold_every_choice_that_changes_a_run_by_its_own_name() -> None:
-    chosen = "--max-items 8 --epochs 3 --scale 1-7 --base 16bit --template t.jinja --precision bfloat16"
-    plain, other = (settings_of(parse_options(["--preset", "quick", *more.split()])) for more in ("", chosen))
+def test_settings_hold_every_choice_that_changes_a_run_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ response }}")
+    chosen = "--max-items 8 --epochs 3 --scale 1-7 --base 16bit --precision bfloat16 --template"
+    plain = settings_of(parse_options(["--preset", "quick"]))
+    other = settings_of(parse_options(["--preset", "quick", *chosen.split(), str(tmp_path / "t.jinja")]))
     changed = {name for name in plain if plain[name] != other[name]}
-    assert changed == {"max_items", "epochs", "scale", "base", "template", "precision"}
+    assert changed == {"max_items", "epochs", "scale", "base", "template", "template_sha256", "precision"}
+    assert (plain["scale"], other["scale"]) == ("1-5", "1-7")
     json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"{{ response }}\n{% if %}", r"t\.jinja, line 2: "),
+        (b"{{ response | shouted }}", r"t\.jinja, line 1: No filter named 'shouted'"),
+        ("Stärke".encode("latin-1"), r"t\.jinja is not in UTF-8"),
+        (None, r"t\.jinja can't be read: No such file"),
+    ],
+)
+def test_a_template_that_can_not_be_used_is_told_before_anything_starts(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "t.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    options = parse_options(["--preset", "quick", "--template", str(file)])
+    for use in (lambda: settings_of(options), lambda: preset_for(options).seed):
+        with pytest.raises(ValueError, match=words):
+            use()
 
 
 def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:

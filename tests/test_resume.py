@@ -180,9 +180,9 @@ def test_rows_that_were_made_otherwise_are_refused_with_a_line_for_each_thing(pa
     first, *lines = str(refused.value).splitlines()
     assert first == f"{tmp_path / 'rows.run.json'} was made with other settings: choose another output, or these again:"
     assert [line.strip() for line in lines] == [
-        "fingerprint: 'ab' there, 'cd' now",
+        "fingerprint: ab there, cd now",
         "n_cot: 1 there, 4 now",
-        "adapter: None there, 'ef' now",
+        "adapter: not given there, ef now",
     ]
     assert (tmp_path / "rows.run.json").read_bytes() == before
 
@@ -215,6 +215,34 @@ def test_a_claim_compares_what_json_keeps_and_leaves_what_else_is_there(tmp_path
     written = file.read_bytes()
     claim(file, {"labels": ["1", "2"]})
     assert file.read_bytes() == written and json.loads(written) == {"labels": ["1", "2"], "scale": {"1": "a"}}
+
+
+@pytest.mark.parametrize(
+    "before, now, lines",
+    [
+        ({"settings": {"epochs": 1, "seed": 2}}, {"settings": {"epochs": 3, "seed": 2}}, ["epochs: 1 there, 3 now"]),
+        ({"sampling": None}, {"sampling": {"top_p": 0.5}}, ["sampling: not given there, {'top_p': 0.5} now"]),
+        ({"columns": ["a=b"]}, {"columns": ["a=b", "c=d"]}, ["columns: a=b there, a=b c=d now"]),
+        ({"skip_bad": True}, {"skip_bad": False}, ["skip_bad: True there, False now"]),
+        ({"template": "{{ response }}" * 9}, {"template": None}, ["template: another content"]),
+        ({"spec_sha256": "ab" * 32}, {"spec_sha256": "cd" * 32}, ["spec: another content"]),
+        # By content where it is known of both, else by name.
+        ({"data": "a", "data_sha256": "1"}, {"data": "b", "data_sha256": "1"}, []),
+        ({"data": "a", "data_sha256": "1"}, {"data": "a", "data_sha256": "2"}, ["data: another content"]),
+        ({"data": "a", "data_sha256": None}, {"data": "b", "data_sha256": "2"}, ["data: a there, b now"]),
+        ({"data": "a", "data_sha256": "1"}, {"data": "a", "data_sha256": None}, []),
+    ],
+)
+def test_a_refusal_says_in_a_line_what_differs(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], lines: list[str]
+) -> None:
+    claim(tmp_path / "how.json", before)
+    if not lines:
+        claim(tmp_path / "how.json", now)
+        return
+    with pytest.raises(ValueError) as refused:
+        claim(tmp_path / "how.json", now)
+    assert [line.strip() for line in str(refused.value).splitlines()[1:]] == lines
 
 
 # A row for each record

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import example
+import huggingface_hub
 import pytest
 import two_stage
-from tiny import SHARED, make_it_stop, make_llama, make_spm
+from tiny import SHARED, make_it_stop, make_llama, make_spm, vocabulary_folder
 from transformers import AutoTokenizer
 
 from tract_lite import JudgeSpec, Run, parse_options, preset_for, read_splits
@@ -125,24 +126,114 @@ def test_a_second_call_does_nothing_twice(quick_run: Path, capsys: pytest.Captur
 
 
 @pytest.mark.training
-def test_a_run_folder_of_other_settings_is_refused(quick_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_folder_of_other_settings_is_refused(quick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        two_stage.main(["--preset", "quick", "--epochs", "3", "--out", str(quick_run)])
+        two_stage.main(["--preset", "quick", "--epochs", "3", "--scale", "0-5", "--out", str(quick_run)])
     assert stopped.value.code == 2
-    assert "  epochs: 2.0 there, 3.0 now" in caplog.text.splitlines()
+    first, *lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert (
+        first == f"error: {quick_run}/settings.json was made with other settings: "
+        "choose another output, or these again:"
+    )
+    assert lines == ["  scale: 1-5 there, 0-5 now", "  epochs: 2.0 there, 3.0 now"]
 
 
-def test_a_mistake_is_one_line_and_leaves_the_folder_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out, data = tmp_path / "run", tmp_path / "scores.csv"
-    for text, fault in (
-        ("response,score\na,1\n", "too few to hold some out"),
-        ("response,score\na,x\n", "unusable rows"),
-    ):
-        data.write_text(text)
-        with pytest.raises(SystemExit) as stopped:
-            two_stage.main(["--preset", "quick", "--data", str(data), "--out", str(out)])
-        assert stopped.value.code == 2 and fault in caplog.text
-        assert fault in (out / "log.txt").read_text()
+@pytest.mark.training
+def test_a_run_folder_that_was_moved_and_renamed_does_nothing_twice(quick_run: Path, tmp_path: Path) -> None:
+    # A hard link each: the files are large, and as they were.
+    moved = shutil.copytree(quick_run, tmp_path / "mein Öfchen", copy_function=os.link)
+    kinds = ("*.safetensors", "*.gguf", "*.jsonl")
+    before = {path: path.stat().st_mtime_ns for kind in kinds for path in moved.rglob(kind)}
+    for name in ("settings.json", "metrics.json", "report.md", "report.png", "README.md", "log.txt", "done.json"):
+        shutil.copy(quick_run / name, tmp_path / name)
+        os.replace(tmp_path / name, moved / name)
+    two_stage.main(["--preset", "quick", "--out", str(moved)])
+    assert before == {path: path.stat().st_mtime_ns for kind in kinds for path in moved.rglob(kind)}
+    assert (moved / "report.md").read_text(encoding="utf-8").startswith("# mein Öfchen\n")
+
+
+@pytest.mark.training
+def test_a_run_goes_on_where_all_of_its_files_were_moved_and_later_options_are_chosen_then(
+    quick_run: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "zweiter Ort"
+    seed_model = shutil.copytree(JudgeSpec.load(quick_run / "merged").base_model, first / "seed")
+    for name in ("data.jsonl", "held_out.jsonl", "template.jinja"):
+        rows = (quick_run / "example" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (first / name).write_text("".join(rows if name.endswith("jinja") else rows[:8]), encoding="utf-8")
+
+    def call(place: Path, *more: str) -> None:
+        flags = {"--data": "data.jsonl", "--held-out": "held_out.jsonl", "--template": "template.jinja"}
+        named = {**flags, "--seed-model": seed_model.name, "--out": "run"}.items()
+        paths = [word for flag, name in named for word in (flag, str(place / name))]
+        two_stage.main(["--preset", "quick", "--max-new-tokens", "64", *paths, *more])
+
+    call(first, "--train-only", "--quantization", "f16")
+    trained = {path.relative_to(first): path.stat().st_mtime_ns for path in first.rglob("adapter_model.safetensors")}
+    first.rename(second)
+    call(second, "--quantization", "q8_0")
+    assert {
+        path.relative_to(second): path.stat().st_mtime_ns for path in second.rglob("adapter_model.safetensors")
+    } == trained
+    rows = read_json(second / "run" / "metrics.json")["rows"]
+    assert "judge-q8_0.gguf, CoT-RAIL" in rows and not list(second.rglob("*f16*"))
+    call(second, "--quantization", "f16", "q8_0")
+    assert "judge-f16.gguf, CoT-RAIL" in read_json(second / "run" / "metrics.json")["rows"]
+    with pytest.raises(SystemExit):
+        call(second, "--base", "16bit")
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    file = tmp_path / "scores.csv"
+    file.write_text("response,criteria,score\n" + "".join(f"text {n},Kind?,{n % 5 + 1}\n" for n in range(30)))
+    return file
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--data none.csv", "no file none.csv"),
+        ("--template none.jinja", "the template none.jinja can't be read"),
+        ("--template bad.jinja", r"the template bad.jinja, line 2: "),
+        ("--template latin.jinja", r"the template latin.jinja is not in UTF-8"),
+        ("--out scores.csv", "the run folder scores.csv can't be made"),
+        ("--out scores.csv/run", "the run folder scores.csv/run can't be made"),
+        ("--scale 1-3", "unusable rows: 12"),
+        ("--seed-model empty", "has no config.json"),
+        ("--seed-model damaged", "damaged"),
+        ("--seed-model ./none", r"\./none"),
+        ("--seed-model none/model", "."),
+        ("--quantization q9_9 --seed-model damaged", "q9_9"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_in_words_and_the_folder_stays_free(
+    arguments: str,
+    words: str,
+    scores: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # As where there is no network, without the time that finding out takes.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "bad.jinja").write_text("{{ response }}\n{% if %}")
+    (tmp_path / "latin.jinja").write_bytes("Stärke {{ response }}".encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    make_llama(tmp_path / "damaged", vocabulary_folder("spm"), context=512)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x" * 99)
+    asked = ["--preset", "quick", "--data", "scores.csv", "--out", "run", *arguments.split()]
+    with pytest.raises(SystemExit) as stopped:
+        two_stage.main(asked)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in shown
+    first, *more = shown[shown.index("error: ") :].strip().splitlines()
+    assert re.search(words, first) and len(more) < 2
+    if (tmp_path / "run").exists():
+        assert "stopped by an error\nTraceback" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+        # Nothing is claimed: what is mended is taken.
+        Run(tmp_path / "run").begin({"preset": "demo"})
 
 
 # Benchmark data all the way, killed at every step.

@@ -5,7 +5,9 @@ from .data.records import (
     write_records as write_records,
 )
 from .data.splits import Splits as Splits, apart as apart, read_splits as read_splits
+from .errors import errors_in_words as errors_in_words
 from .estimate import estimate_run as estimate_run
+from .export.exportable import check_exportable as check_exportable
 from .export.gguf import export_adapter as export_adapter, export_gguf as export_gguf
 from .export.merge import merge_adapter as merge_adapter
 from .judge import Judge as Judge

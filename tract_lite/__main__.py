@@ -1,6 +1,7 @@
 """The command line: each verb turns its flags into plain values and calls one function."""
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -10,22 +11,20 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from tract_lite.data.records import BadRows, read_records
-from tract_lite.options import GROUPS, ExportOptions, JudgeOptions, MergeOptions, ReasonOptions, add_flags, options_from
+from tract_lite.data.places import seed_model_of
+from tract_lite.data.records import how_to_read, read_records, with_own_ids
+from tract_lite.errors import told
+from tract_lite.options import ExportOptions, JudgeOptions, MergeOptions, ReasonOptions, add_flags, options_from
 from tract_lite.presets import TrainOptions, preset_for
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.version import __version__
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
-# What the user can mend; what else is an OSError belongs to the machine.
-MENDABLE = ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
-# Modules whose packages have other names.
-PACKAGES = {"llama_cpp": "llama-cpp-python"}
+logger = logging.getLogger(__name__)
 
 
-def _training_records(source: str, format: str, **how: Any) -> list[Record]:
-    return [pair for record in read_records(source, format, **how) for pair in record.pairs()]
+def _training_records(source: str, **how: Any) -> list[Record]:
+    return with_own_ids([pair for record in read_records(source, **how) for pair in record.pairs()])
 
 
 def train(args: argparse.Namespace) -> None:
@@ -38,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
     preset = preset_for(options)
     if not preset.seed_model:
         raise ValueError("name the model to train with --seed-model, a folder or a hub id")
-    how: dict[str, Any] = {"format": options.format, "scale": preset.scale, "skip_bad": preset.skip_bad}
+    how: dict[str, Any] = {"scale": preset.scale, **how_to_read(options)}
     training = _training_records(args.data, **how)[: preset.max_items]
     validation = _training_records(options.validation, **how) if options.validation else []
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
@@ -52,7 +51,7 @@ def reason(args: argparse.Namespace) -> None:
     from tract_lite.self_cot import generate_cots
 
     options = options_from(ReasonOptions, args)
-    records = _training_records(args.data, options.format)
+    records = _training_records(args.data, **how_to_read(options))
     with Judge.from_adapter(args.adapter_dir, parallel=options.parallel) as judge:
         kept, rejected = generate_cots(judge, records, args.output, options.seed)
     print(f"{args.output}: {len(kept)} reasonings, {rejected.total()} rejected {dict(rejected) or ''}".rstrip())
@@ -62,7 +61,7 @@ def merge(args: argparse.Namespace) -> None:
     """Add an adapter to its seed model and write a plain model folder."""
     from tract_lite.export.merge import merge_adapter
 
-    seed_model = args.seed_model or JudgeSpec.load(args.adapter_dir).base_model
+    seed_model = args.seed_model or seed_model_of(JudgeSpec.load(args.adapter_dir).base_model, args.adapter_dir)
     print(merge_adapter(seed_model, args.adapter_dir, args.output, base=args.base))
 
 
@@ -75,7 +74,7 @@ def export(args: argparse.Namespace) -> None:
     if (args.model_dir / "adapter_config.json").is_file():
         if names:
             raise ValueError(f"{args.model_dir} is an adapter, written as it is: --quantization is for model folders")
-        seed_model = args.seed_model or JudgeSpec.load(args.model_dir).base_model
+        seed_model = args.seed_model or seed_model_of(JudgeSpec.load(args.model_dir).base_model, args.model_dir)
         written: Path | list[Path] = export_adapter(args.model_dir, seed_model, args.output, check=check)
     else:
         names = names or ["f16"]
@@ -86,7 +85,7 @@ def export(args: argparse.Namespace) -> None:
 
 def judge(args: argparse.Namespace) -> None:
     """Judge what has no judgement in the output yet, or explain one judgement."""
-    from tract_lite.judge_file import judge_file, judge_item
+    from tract_lite.judge_file import judge_file, judge_item, judge_rows
 
     options = options_from(JudgeOptions, args)
     if args.explain is not None:
@@ -96,28 +95,33 @@ def judge(args: argparse.Namespace) -> None:
             raise RuntimeError(f"item {record.id!r} could not be judged: {judgement.error}")
     elif args.output is None:
         raise ValueError("name the output with -o FILE.jsonl, .csv or .parquet, or give --explain")
+    elif str(args.output) == "-":
+        for row in judge_rows(args.model, args.input, options):
+            print(json.dumps(row), flush=True)
     else:
         print(judge_file(args.model, args.input, args.output, options))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print how well judgements agree with their gold scores."""
-    from tract_lite.data.jsonl import read_rows
+    from tract_lite.data.table import read_judged
     from tract_lite.metrics import evaluate, format_table
 
     if not args.output.exists():
         raise FileNotFoundError(f"no file {args.output}")
-    if args.output.suffix != ".jsonl":
-        raise ValueError(f"{args.output}: evaluate reads the rows in {args.output.with_suffix('.jsonl')}")
-    # Of two rows of one item the later one stands; without an id, each is an item.
-    rows = list({row.get("id") or (number,): row for number, row in enumerate(read_rows(args.output))}.values())
-    pairs = [(row.get("score"), row["gold"]) for row in rows if row.get("gold") is not None]
-    if not pairs:
+    rows = read_judged(args.output)
+    measured = [row for row in rows if row.get("gold") is not None]
+    if not measured:
         raise ValueError(f"none of the {len(rows)} rows of {args.output} has a gold score")
-    figures = evaluate(*zip(*pairs))
+    values = [value for row in rows for value in (row.get("values") or {}).values()]
+    ends = (min(values), max(values)) if values else None
+    figures = evaluate([row.get("score") for row in measured], [row["gold"] for row in measured], ends)
     print(format_table({args.output.stem: figures}))
-    gold = f"{len(pairs)} items with a gold score, {figures['count']} of them with a judgement"
-    print(f"{gold}; {len(rows) - len(pairs)} without a gold score are left out")
+    if ends and figures["off_scale"]:
+        off = f"{figures['off_scale']} of {len(measured)} gold scores are outside the judge's scale"
+        logger.warning("%s (%g to %g): without one unit, rmse and mae mean nothing", off, *ends)
+    gold = f"{len(measured)} items with a gold score, {figures['count']} of them with a judgement"
+    print(f"{gold}; {len(rows) - len(measured)} without a gold score are left out")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -132,8 +136,11 @@ ADAPTER_DIR = ("adapter_dir", "ADAPTER", "folder that `train` has written")
 MODEL_DIR = ("model_dir", "MODEL_DIR", "merged judge, or the folder of an adapter")
 MODEL = ("model", "MODEL", "GGUF file, or the http(s) URL of a server")
 INPUT = ("input", "INPUT", "file or hub id; '-' is JSONL on standard input")
-JUDGED = ("output", "OUTPUT.jsonl", "what `judge` has written")
-JUDGE_OUTPUT = "FILE.jsonl, to which what is missing is added, or a table of its rows: FILE.csv or FILE.parquet"
+JUDGED = ("output", "OUTPUT", "what `judge` has written: FILE.jsonl, or the table of its rows")
+JUDGE_OUTPUT = (
+    "FILE.jsonl, to which what is missing is added, a table of its rows (FILE.csv, FILE.parquet), or '-' for JSONL on "
+    "standard output"
+)
 RUN_DIR = ("run_dir", "RUN_DIR", "folder of a run")
 # Each verb with its positional arguments, what it writes, and its options.
 VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
@@ -165,7 +172,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             explained = "print one item (the first) as a person reads it, and write nothing"
             verb.add_argument("--explain", nargs="?", const="", metavar="ID", help=explained)
         if kind:
-            add_flags(verb, kind, GROUPS if kind is JudgeOptions else None)
+            add_flags(verb, kind)
     return parser.parse_args(arguments)
 
 
@@ -182,22 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.run(args)
         _flush_stdout()
         return 0
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, ["stopped; the same command goes on"]
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        code, message = USER_ERROR, [f"{error}: pip install {PACKAGES.get(module, module)}"]
-    except BadRows as error:
-        code, message = USER_ERROR, str(error).splitlines()[:2]  # the first of many
-    except MENDABLE as error:
-        code, message = USER_ERROR, str(error).splitlines()
-    except (RuntimeError, OSError, MemoryError) as error:
-        code, message = FAILED, (str(error) or type(error).__name__).splitlines()
-    text = "; ".join(line.strip() for line in message)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = told(error)
+        if failure is None:
+            raise
+    text = "; ".join(line.strip() for line in failure.lines)
     print("error:", re.sub("([.:;,]);", r"\1", text), file=sys.stderr)
     with suppress(RuntimeError):
         _flush_stdout()
-    return code
+    return failure.code
 
 
 def console() -> None:

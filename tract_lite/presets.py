@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import asdict, dataclass, fields, replace
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Sequence
 
-from tract_lite.options import add_flags, option, options_from
+from tract_lite.data.places import content_of
+from tract_lite.data.records import how_to_read
+from tract_lite.options import DataOptions, add_flags, option, options_from
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
 from tract_lite.training.settings import PRECISIONS, TrainSettings
@@ -54,15 +55,20 @@ class Preset:
     scale: ScoreScale = ScoreScale.integers(1, 5)
     template: str | None = None
     held_out: str | None = None
+    format: str = "auto"
     split: str | None = None
-    precision: str | None = None
+    encoding: str | None = None
+    columns: tuple[str, ...] | None = None
+    criteria: str | None = None
+    rubric: str | None = None
     skip_bad: bool = False
+    precision: str | None = None
     base: str = "4bit"
 
     @property
     def seed(self) -> dict[str, Any]:
         """How the seed model is loaded and asked, as `train_adapter` takes it."""
-        template = Path(self.template).read_text(encoding="utf-8") if self.template else None
+        template = read_template(self.template) if self.template else None
         return {
             "seed_model": self.seed_model,
             "scale": self.scale,
@@ -75,8 +81,8 @@ class Preset:
     @property
     def splits(self) -> dict[str, Any]:
         """What of the data is read, and how much, as `read_splits` takes it."""
-        names = "data held_out split scale skip_bad max_items max_held_out max_validation"
-        return {name: getattr(self, name) for name in names.split()}
+        names = "data held_out scale max_items max_held_out max_validation"
+        return {name: getattr(self, name) for name in names.split()} | how_to_read(self)
 
 
 _HUNDRED: dict[str, Any] = {"max_held_out": 100, "max_validation": 40}
@@ -108,19 +114,18 @@ _TOY_ON_OWN_DATA: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class StageOptions:
+class StageOptions(DataOptions):
     """What a user may choose for the training of a stage; None leaves it to the preset."""
 
     preset: str = option("auto", "24gb or t4 by the GPU's memory, else quick", choices=("auto", *PRESETS))
     seed_model: str | None = option(None, "folder or hub id of the model to train")
-    scale: str = option("1-5", "lowest and highest score")
+    scale: str = option("1-5", "lowest and highest score, or labels as in bad=1,good=2")
     template: str | None = option(None, "file of the prompt's Jinja template", metavar="FILE")
     max_items: int | None = option(None, "training items to use at most")
     max_length: int | None = option(None, "tokens of a training sequence at most")
     max_new_tokens: int | None = option(None, "tokens of a reasoning at most")
     epochs: float | None = option(None, "epochs of each stage")
     precision: str | None = option(None, "type to compute in (by the hardware)", choices=PRECISIONS)
-    skip_bad: bool = option(False, "go on without unusable rows")
 
 
 @dataclass(frozen=True)
@@ -128,15 +133,13 @@ class TrainOptions(StageOptions):
     """What a user may choose for a single stage."""
 
     validation: str | None = option(None, "records to choose the best step by (none: the last)", metavar="FILE")
-    format: str = option("auto", "jsonl, json, csv, parquet or hub (by name)")
 
 
 @dataclass(frozen=True)
 class RunOptions(StageOptions):
     """What a user may choose for a whole run; None leaves it to the preset."""
 
-    data: str | None = option(None, "JSONL, JSON, CSV or Parquet file, or a hub data set")
-    split: str | None = option(None, "split of a hub data set (train)")
+    data: str | None = option(None, "file of rows (CSV, Excel, JSONL, JSON, Parquet), or a hub data set")
     held_out: str | None = option(None, "file of the items to measure with (a tenth of the data)", metavar="FILE")
     out: str | None = option(None, "run folder (runs/PRESET); goes on if it is there", metavar="FOLDER")
     quantization: tuple[str, ...] | None = option(None, "GGUF types, such as f16 q8_0 q4_k_m", metavar="NAME")
@@ -190,12 +193,31 @@ def preset_for(options: StageOptions) -> Preset:
 
 
 def settings_of(options: RunOptions) -> dict[str, Any]:
-    """What may not change between the calls of one run; of data files, their content."""
-    settings = {"preset": options.preset, **asdict(preset_for(options))}
+    """What a user chose and the preset gives, by name; of files and models, also their content.
+    Raises ValueError: as `read_template`.
+    """
+    preset = preset_for(options)
+    settings = {"preset": options.preset, **asdict(preset), "scale": str(preset.scale)}
     settings |= settings.pop("training")
-    for name in ("data", "held_out", "template"):
-        path = settings[name]
-        if path and Path(path).is_file():
-            with open(path, "rb") as file:
-                settings[f"{name}_sha256"] = file_digest(file, "sha256").hexdigest()
+    for name in ("data", "held_out", "rubric", "template", "seed_model"):
+        settings[f"{name}_sha256"] = content_of(settings[name]) if settings[name] else None
+    if preset.template:
+        read_template(preset.template)
     return settings
+
+
+def read_template(path: str) -> str:
+    """A prompt's template. Raises ValueError: there is no such file, or it is no Jinja in UTF-8."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        SandboxedEnvironment().from_string(text)
+    except OSError as error:
+        raise ValueError(f"the template {path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the template {path} is not in UTF-8 ({error.reason}): save it so") from error
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the template {path}, line {error.lineno}: {error.message}") from error
+    return text

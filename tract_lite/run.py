@@ -1,8 +1,10 @@
 """The folder of a run: every file's name, what is done, and how a second call goes on."""
 
+import json
 import logging
 import os
 import shutil
+import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -25,8 +27,18 @@ SEED_REASONINGS, OWN_REASONINGS = "seed_reasonings.jsonl", "self_generated.jsonl
 STAGES = ("stage1", "stage2")
 ADAPTER_GGUF, PARITY, METRICS, JUDGED = "adapter.gguf", "parity.json", "metrics.json", "judged"
 REPORT, FIGURE, CARD = "report.md", "report.png", "README.md"
+# Settings that change nothing of what is trained: what is computed at once, and what comes later.
+LATER = (
+    *("parallel", "micro_batch_size", "gradient_checkpointing"),
+    *("base", "quantization", "gguf_items", "gguf_parallel"),
+)
 # Processes wait for what the first one writes.
 WAIT = timedelta(days=7)
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: where the disk is full, the run ends by what else it can't write."""
 
 
 class Run:
@@ -55,14 +67,26 @@ class Run:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Go on in the folder, or make it this run's.
-        Raises ValueError: it holds a run with other settings.
+
+        Settings bind it once a model was trained here, or has written something; `LATER` ones
+        never do, and what was measured by others is measured anew.
+        Raises ValueError: it can't be made, or holds a run with other settings or GGUF files of
+            another `base`.
         """
+        bound = {name: value for name, value in settings.items() if name not in LATER}
         with self._first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.is_first and not read_json(self / DONE):
-                # Nothing is made yet, so nothing is lost.
-                (self / SETTINGS).unlink(missing_ok=True)
-            claim(self / SETTINGS, settings)
+            self._make_folder()
+            try:
+                claim(self / SETTINGS, bound)
+            except ValueError:
+                if self._has_work():
+                    raise
+                (self / SETTINGS).unlink()
+                (self / DONE).unlink(missing_ok=True)
+                shutil.rmtree(self / JUDGED, ignore_errors=True)
+                claim(self / SETTINGS, bound)
+            if self.is_first:
+                self._take_later({name: settings[name] for name in LATER if name in settings})
         logger.info("run folder: %s", self.folder)
 
     def once(self, name: str, make: Callable[..., Any], *arguments: Any) -> Path:
@@ -145,19 +169,58 @@ class Run:
 
     @contextmanager
     def log(self) -> Iterator[None]:
-        """Everything that is logged goes to `log.txt` as well."""
+        """Everything that is logged goes to `log.txt` as well, and the traceback of an error."""
         if not self.is_first:
             logging.getLogger().setLevel(logging.WARNING)
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self / LOG, encoding="utf-8")
+        self._make_folder()
+        handler = _LogFile(self / LOG, encoding="utf-8", errors="backslashreplace")
         logging.getLogger().addHandler(handler)
         try:
             yield
+        except Exception:
+            # For whom the few words on the console are too few.
+            handler.handle(logging.makeLogRecord({"msg": "stopped by an error", "exc_info": sys.exc_info()}))
+            raise
+        except KeyboardInterrupt:
+            handler.handle(logging.makeLogRecord({"msg": "stopped"}))
+            raise
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = f"the run folder {self.folder} can't be made ({error.strerror})"
+            raise ValueError(f"{fault}: name another with --out") from error
+
+    def _has_work(self) -> bool:
+        """Whether a model was trained here, or has written something."""
+        paths = [self / name for name in (SEED_REASONINGS, OWN_REASONINGS)]
+        paths += [path.with_suffix(".rejected.jsonl") for path in paths]
+        for stage in (self / name for name in STAGES):
+            paths += [stage / RESULT_FILE, *stage.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+        return any(path.exists() and path.stat().st_size for path in paths)
+
+    def _take_later(self, later: Mapping[str, Any]) -> None:
+        """Take the settings that may change. Raises ValueError: older ones made a file."""
+        before, base = read_json(self / SETTINGS), later.get("base")
+        if before.get("base", base) != base and (files := self.gguf_files()):
+            names = ", ".join(file.name for file in files)
+            advice = f"delete them, to have them made with the base {base}, or choose another output"
+            raise ValueError(f"{self.folder} has {names}, made with the base {before['base']}: {advice}")
+        # Judgements of a file that is gone are none of the one that takes its place.
+        gone = [path for path in (self / JUDGED).glob("judge-*.gguf.jsonl") if not (self / path.stem).exists()]
+        for path in gone:
+            path.unlink()
+        after = {**before, **json.loads(json.dumps(later))}
+        if after != before:
+            write_json(self / SETTINGS, after)
+        if after != before or gone:
+            (self / METRICS).unlink(missing_ok=True)
 
     def _records(self, name: str) -> list[Record]:
         path = self / name

@@ -78,7 +78,8 @@ class JudgeSpec:
             raise ValueError(f"not a readable judge spec: {error}") from error
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / SPEC_FILE).write_text(self.to_json(), encoding="utf-8")
+        # A path may hold what UTF-8 can't: it then stands there as JSON escapes it.
+        (Path(folder) / SPEC_FILE).write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, path: str | Path) -> "JudgeSpec":

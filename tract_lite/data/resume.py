@@ -14,23 +14,51 @@ Row = Mapping[str, Any]
 
 # Records that wait at most for an earlier one that is still being judged.
 MOST_WAITING = 1000
+# The end of a name whose value is a hash of what the thing holds.
+CONTENT = "_sha256"
+# Characters of a value that a line of a message has room for.
+LONGEST_SHOWN = 60
 
 
 def claim(file: Path, how: Row) -> None:
-    """Keep how something is made. Raises ValueError: the file says it was made in another way."""
+    """Keep how something is made. Raises ValueError: the file says it was made in another way.
+
+    Where `data_sha256` says what `data` holds, its name may be another.
+    """
     how = json.loads(json.dumps(how))
     try:
-        before = read_json(file)
-        other = [name for name in how if file.exists() and before.get(name) != how[name]]
+        other = _differences(read_json(file), how) if file.exists() else []
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}): choose another output") from error
     if other:
-        lines = [f"{name}: {before.get(name)!r} there, {how[name]!r} now" for name in other]
         raise ValueError(
-            "\n  ".join([f"{file} was made with other settings: choose another output, or these again:", *lines])
+            "\n  ".join([f"{file} was made with other settings: choose another output, or these again:", *other])
         )
     if not file.exists():
         write_json(file, how)
+
+
+def _differences(before: Row, now: Row) -> list[str]:
+    """A line for each thing that differs, also within what is nested."""
+    lines = []
+    for name in now:
+        old, new, label = before.get(name), now[name], name.removesuffix(CONTENT)
+        contents = before.get(name + CONTENT), now.get(name + CONTENT)
+        if label != name and label in now or all(contents) and contents[0] == contents[1]:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new)
+        elif all(contents) or old != new:
+            texts = [_shown(old), _shown(new)]
+            is_short = max(map(len, texts)) <= LONGEST_SHOWN and not all(contents)
+            lines.append(f"{label}: " + ("{} there, {} now".format(*texts) if is_short else "another content"))
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class ResumableRows:
@@ -88,7 +116,7 @@ class ResumableRows:
 
     def append(self, record: Record, row: Row) -> None:
         """Write the row of a record, at once and whole."""
-        row = {**row, "id": name_of(record), "key": record.key}
+        row = row_of(record, row)
         self._note(row, append_row(self.path, row))
 
     def fill(self, records: Iterable[Record], make: Callable[[Iterator[Record]], Iterable[Row]]) -> Iterator[Row]:
@@ -123,13 +151,17 @@ class ResumableRows:
         for made in make(missing()):
             yield from known()
             record, _ = waiting.popleft()
-            self.append(record, made if record.score is None else {**made, "gold": record.score})
+            self.append(record, row_of(record, made, gold=True))
             yield made
         yield from known()
 
     def _own(self, record: Record) -> Row:
-        """The row of a record, by the record's own id: in the file none is without one."""
-        return {**self.row(name_of(record)), "id": record.id}
+        """The row of a record, by its own id, with the gold score that it has now."""
+        row = self.row(name_of(record))
+        if record.score is not None and row.get("gold") != record.score:
+            row = row_of(record, row, gold=True)
+            self.append(record, row)
+        return {**row, "id": record.id}
 
     def tidy(self) -> None:
         """Leave one row of each id in the file."""
@@ -155,3 +187,9 @@ class ResumableRows:
 def name_of(record: Record) -> str:
     """The name of a record in a file: its id, or its key where it has none."""
     return record.key if record.id is None else record.id
+
+
+def row_of(record: Record, row: Row, gold: bool = False) -> dict[str, Any]:
+    """What is made of a record, with its name and key and, if it has one, its `gold` score."""
+    score = {"gold": record.score} if gold and record.score is not None else {}
+    return {**row, **score, "id": name_of(record), "key": record.key}

@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from tract_lite.data.jsonl import write_json
+from tract_lite.data.places import content_of
 from tract_lite.data.resume import claim
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
@@ -53,9 +54,11 @@ def train_adapter(
     if PartialState().is_main_process:
         # Left-out options are None here, so that leaving one out at a second call is a change.
         how = {**dict.fromkeys(SeedOptions.__annotations__), **options, "seed_model": str(seed_model)}
+        how |= {"seed_model_sha256": content_of(seed_model), "scale": str(scale)}
         how |= {"sampling": options.get("sampling") and asdict(options["sampling"])}
-        how |= {"scale": asdict(scale), "settings": asdict(settings)}
-        how |= {"records": _digest(records), "validation": _digest(validation)}
+        # How many sequences are computed at once changes no weight, and is what memory runs out by.
+        how |= {"settings": {name: value for name, value in asdict(settings).items() if name != "micro_batch_size"}}
+        how |= {"records_sha256": _digest(records), "validation_sha256": _digest(validation)}
         if not ((out / RESULT_FILE).exists() or newest_complete_checkpoint(out)):
             # Nothing is trained yet, so nothing is lost.
             (out / HOW_FILE).unlink(missing_ok=True)
