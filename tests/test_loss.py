@@ -40,9 +40,14 @@ def plain_loss(
     ce_on_score=True,
     num_tokens=None,
     num_sequences=None,
+    softcap=None,
+    logit_scale=1.0,
+    head_bias=None,
 ):
     """The same loss, row by row, by autograd in float64: (loss, ce, raft, predictions)."""
-    log_p = (hidden_states.double() @ lm_head_weight.double().T).log_softmax(-1)
+    logits = hidden_states.double() @ lm_head_weight.double().T
+    logits = logit_scale * (logits if head_bias is None else logits + head_bias.double())
+    log_p = (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
     ce = squared = torch.zeros((), dtype=torch.float64)
     tokens, predictions = 0, []
     for row, position in enumerate(score_positions.tolist()):
@@ -62,7 +67,8 @@ def plain_loss(
 
 def with_gradients(function, batch, **options):
     """What `function` returns and the gradients of hidden states and head."""
-    leaves = {name: batch[name].detach().clone().requires_grad_(True) for name in ("hidden_states", "lm_head_weight")}
+    names = [name for name in ("hidden_states", "lm_head_weight", "head_bias") if name in batch]
+    leaves = {name: batch[name].detach().clone().requires_grad_(True) for name in names}
     result = function(**{**batch, **leaves}, **options)
     fields = result if isinstance(result, tuple) else (result.loss, result.ce, result.raft, result.predictions)
     if fields[0].requires_grad:
@@ -94,16 +100,21 @@ options = st.fixed_dictionaries(
         "ce_on_score": st.booleans(),
         "num_tokens": st.sampled_from([None, 17]),
         "num_sequences": st.sampled_from([None, 3]),
+        "softcap": st.sampled_from([None, None, 0.5, 30.0]),
+        "logit_scale": st.sampled_from([1.0, 0.0625, 3.0]),
     }
 )
 
 
-@settings(max_examples=80, deadline=None)
-@given(shapes, options, st.sampled_from([(torch.float64, 1e-10), (torch.float32, 1e-5)]))
-def test_value_and_gradient_are_those_of_the_plain_formula(shape, options, precision):
+@settings(max_examples=120, deadline=None)
+@given(shapes, options, st.booleans(), st.sampled_from([(torch.float64, 1e-10), (torch.float32, 1e-5)]))
+def test_value_and_gradient_are_those_of_the_plain_formula(shape, options, biased, precision):
     dtype, tolerance = precision
-    tolerance *= max(1, options["raft_weight"])  # which scales the terms of the sums
+    # What scales the terms of the sums.
+    tolerance *= max(1, options["raft_weight"]) * max(1, options["logit_scale"])
     batch = make_batch(**shape, dtype=dtype)
+    if biased:
+        batch["head_bias"] = batch["lm_head_weight"].sum(1)
     ours, our_gradients = with_gradients(cot_raft_loss, batch, **options)
     theirs, their_gradients = with_gradients(
         plain_loss,
@@ -112,7 +123,24 @@ def test_value_and_gradient_are_those_of_the_plain_formula(shape, options, preci
     )
     assert_close(ours, theirs, tolerance)
     assert_close(our_gradients, their_gradients, tolerance)
-    assert [gradient.dtype for gradient in our_gradients] == [dtype, dtype]
+    assert {gradient.dtype for gradient in our_gradients} == {dtype}
+
+
+def test_a_token_that_a_softcap_makes_impossible_still_gets_its_gradient():
+    """At the ends of a wide cap a probability is no float32 any more."""
+    batch = make_batch(scale=200.0, dtype=torch.float32)
+    ours, our_gradients = with_gradients(cot_raft_loss, batch, softcap=60.0)
+    theirs, their_gradients = with_gradients(plain_loss, batch, softcap=60.0)
+    assert ours[0] > 50
+    assert_close(ours, theirs, 1e-5)
+    assert_close(our_gradients, their_gradients, 1e-5)
+
+
+def test_a_bias_that_is_frozen_gets_no_gradient():
+    batch = make_batch() | {"head_bias": torch.zeros(31)}
+    batch["hidden_states"].requires_grad_(True)
+    cot_raft_loss(**batch).loss.backward()
+    assert batch["head_bias"].grad is None and batch["hidden_states"].grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -32,6 +34,7 @@ from tract_lite.training.seed_model import (
     compute_dtype,
     for_training,
     full_logits,
+    head_options,
     hidden_states,
     lm_head_weight,
     load_adapter,
@@ -133,6 +136,78 @@ def test_unsloth_without_cuda_is_refused_with_a_way_out(seeds):
         load_seed(seeds["llama"], backend="unsloth")
 
 
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        ({"config.json": None}, "is not the folder of a model: it has no config.json"),
+        ({"config.json": "{"}, "can't be loaded .*not a valid JSON file"),
+        ({"config.json": '{"model_type": "nosuch"}'}, "can't be loaded .*nosuch.* a kind that this transformers knows"),
+        ({"model.safetensors": "x" * 999}, "can't be loaded .*header.*: is it whole"),
+        ({"model.safetensors": None}, "can't be loaded .*no file named model.safetensors"),
+        ({"tokenizer.model": None, "tokenizer_config.json": None}, "can't be loaded .*tokenizer"),
+        ({"tokenizer.json": "{", "tokenizer_config.json": "{"}, "can't be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_told_by_name_in_a_line(small, tmp_path, spoil, words):
+    folder = shutil.copytree(small, tmp_path / "seed model")
+    for name, text in spoil.items():
+        if text is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=words) as told:
+        load_seed(folder, False, backend="transformers")
+    assert str(folder) in str(told.value) and len(str(told.value).splitlines()) == 1
+
+
+# Answers as the hub does, to a process that takes it for the hub.
+ASK_HUB = """
+import os, sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.split("/")[1]
+        self.send_response(403 if name == "gated" else 401)
+        self.send_header("X-Error-Code", {"gated": "GatedRepo"}.get(name, "RepoNotFound"))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    do_HEAD = do_GET
+    log_message = lambda *_: None
+
+hub = HTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=hub.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.server_port}"
+from tract_lite.training.seed_model import load_seed
+for name in sys.argv[1:]:
+    try:
+        load_seed(name, backend="transformers")
+    except FileNotFoundError as error:
+        print(error)
+"""
+
+
+@pytest.mark.export
+def test_a_model_that_the_hub_does_not_give_is_told_with_the_next_step(tmp_path):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    place = {**plain, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_HUB, "gated/model", "nosuch/model", "./nosuch folder"],
+        env={**place, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    gated, unknown, other = done.stdout.splitlines()
+    assert gated.startswith("no folder gated/model here, and the hub asks for consent: give it on its page there")
+    assert unknown.startswith("no folder nosuch/model here, and the hub does not show it: check the name")
+    assert other == "no folder ./nosuch folder, and no id of the hub looks like that"
+    offline = {**place, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "from tract_lite.training.seed_model import load_seed; load_seed('nosuch/model', backend='transformers')"
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
+    assert "HF_HUB_OFFLINE is set, and the cache lacks it: fetch it" in done.stderr.splitlines()[-1]
+
+
 @plain_families
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(seeds, family, in_4bit):
@@ -202,17 +277,19 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
     torch.testing.assert_close(*gradients)
 
 
-def test_a_soft_capped_vocabulary_projection_is_refused(seeds):
-    model, _ = load_seed(seeds["gemma2"], False, backend="transformers")
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        lm_head_weight(model)
-
-
-def test_a_vocabulary_projection_with_a_bias_is_refused(seeds):
-    model, _ = load_seed(seeds["llama"], False, backend="transformers")
-    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    with pytest.raises(ValueError, match="a bias"):
-        lm_head_weight(model)
+@pytest.mark.parametrize(
+    "family, softcap, scale",
+    [("gemma2", 30.0, 1.0), ("granite", None, 0.125), ("cohere", None, 0.0625), ("phi", None, 1.0)],
+)
+def test_what_a_model_does_with_its_logits_is_known(seeds, family, softcap, scale, batch):
+    model, _ = load_seed(seeds[family], False, precision="float32")
+    head = head_options(model)
+    assert (head["softcap"], head["logit_scale"]) == (softcap, scale)
+    assert (head["head_bias"] is not None) == (family == "phi")
+    with torch.no_grad():
+        logits = linear(hidden_states(model, *batch), lm_head_weight(model), head["head_bias"]) * scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        torch.testing.assert_close(logits, full_logits(model, *batch), rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_adapter_gives_the_same_model_back(seeds, batch, tmp_path):

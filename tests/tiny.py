@@ -22,12 +22,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
     Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
     MistralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -66,6 +69,9 @@ FAMILIES = {
     "qwen3": Qwen3Config,
     "gemma2": Gemma2Config,
     "phi3": Phi3Config,
+    "granite": GraniteConfig,
+    "cohere": CohereConfig,
+    "phi": PhiConfig,
 }
 
 WORDS = """the response answer reasoning is clear short wrong right kind and but so it does not

@@ -40,12 +40,16 @@ def cot_raft_loss(
     ce_on_score: bool = True,
     num_tokens: torch.Tensor | int | None = None,
     num_sequences: torch.Tensor | int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    head_bias: torch.Tensor | None = None,
 ) -> CotRaftLoss:
     """raft_weight * mean (E[score] - target)^2 over sequences + mean cross-entropy over tokens.
 
     Position t of `labels` holds the id of token t, -100 where nothing is learnt. The expectation is
     unnormalised: the softmax is over the whole vocabulary. Softmax and sums are in float32, or
-    float64 where float64 comes in.
+    float64 where float64 comes in. Logits are logit_scale * (hidden_states @ lm_head_weight.T +
+    head_bias) and, with a softcap c, then c * tanh(logits / c).
 
     Args:
         hidden_states: (B, T, H) last hidden states, before the vocabulary projection.
@@ -57,6 +61,8 @@ def cot_raft_loss(
         raft_weight: weight of the squared error (lambda in the paper).
         ce_on_score: whether the score token is in the cross-entropy, as in the paper's formula.
         num_tokens, num_sequences: counts of the whole optimiser step; by default of this batch.
+        softcap, logit_scale: what the model does with its logits, such as Gemma, Granite, Cohere.
+        head_bias: (V,); gets a gradient only if it requires one.
     """
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     has_score = score_positions > 0
@@ -75,6 +81,7 @@ def cot_raft_loss(
     loss, ce, raft, expected = _CotRaft.apply(
         hidden_states[rows, positions],
         lm_head_weight,
+        head_bias,
         labels[rows, positions + 1].clamp(min=0),
         token_mask.to(dtype) / tokens.to(dtype),
         score_mask.to(dtype) / sequences.to(dtype),
@@ -82,6 +89,8 @@ def cot_raft_loss(
         score_token_ids,
         score_values.to(dtype),
         float(raft_weight),
+        softcap,
+        float(logit_scale),
     )
     predictions = torch.full_like(targets, float("nan"), dtype=dtype)
     predictions[rows[score_mask]] = expected[score_mask]
@@ -96,20 +105,25 @@ class _CotRaft(torch.autograd.Function):
     """The loss over N gathered positions, one chunk of logits at a time, gradient included."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, ce_weights, raft_weights, targets, ids, values, factor):
+    def forward(ctx, hidden, weight, bias, tokens, ce_weights, raft_weights, targets, ids, values, factor, cap, scale):
         dtype = ce_weights.dtype
         ce = torch.zeros((), dtype=dtype, device=hidden.device)
         raft = torch.zeros_like(ce)
         expected = torch.empty_like(ce_weights)
         grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        # A cap's slopes take as much memory as the logits.
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0] // (2 if cap else 1))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
                 chunk = slice(start, start + size)
-                h, token = hidden[chunk].to(dtype), tokens[chunk, None]
+                h, token = hidden[chunk].to(dtype) * scale, tokens[chunk, None]
                 ce_weight, raft_weight = ce_weights[chunk], raft_weights[chunk]
                 logits = _project(h, weight)
+                if bias is not None:
+                    logits.add_(bias.to(dtype), alpha=scale)
+                slopes = _cap(logits, cap) if cap else None
                 token_logits = logits.gather(1, token)[:, 0]
                 top = logits.amax(1, keepdim=True)
                 probabilities = logits.sub_(top).exp_()
@@ -127,14 +141,19 @@ class _CotRaft(torch.autograd.Function):
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
                     grad[:, ids] = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
                     grad.scatter_add_(1, token, -ce_weight[:, None])
+                    if slopes is not None:
+                        grad.mul_(slopes)
                     if grad_hidden is not None:
-                        grad_hidden[chunk] = _project_back(grad, weight)
+                        grad_hidden[chunk] = _project_back(grad, weight) * scale
                     if grad_weight is not None:
                         grad_weight.addmm_(grad.T, h)
+                    if grad_bias is not None:
+                        grad_bias.add_(grad.sum(0), alpha=scale)
                     del grad
                 # Else two chunks of logits are alive at once.
-                del logits, probabilities
-        ctx.grads, ctx.types = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
+                del logits, probabilities, slopes
+        ctx.grads = grad_hidden, grad_weight, grad_bias
+        ctx.types = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(ce, raft, expected)
         return ce + factor * raft, ce, raft, expected
 
@@ -142,7 +161,7 @@ class _CotRaft(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         # The factor of a gradient scaler is applied before the cast, so float16 does not underflow.
         grads = [None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.types)]
-        return *grads, None, None, None, None, None, None, None
+        return *grads, *[None] * 9
 
 
 def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -153,6 +172,14 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     for block, out in zip(weight.split(VOCABULARY_BLOCK), logits.split(VOCABULARY_BLOCK, dim=1)):
         torch.mm(hidden, block.to(hidden.dtype).T, out=out)
     return logits
+
+
+def _cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Cap the logits in place, c * tanh(logits / c); returns the slope of that at each, (N, V)."""
+    logits.div_(cap).tanh_()
+    slopes = logits.square().neg_().add_(1)
+    logits.mul_(cap)
+    return slopes
 
 
 def _project_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

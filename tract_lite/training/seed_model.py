@@ -9,11 +9,13 @@ import importlib.util
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
+from tract_lite.data.places import check_model, why_not_loaded
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.training.precision import pick_dtype
@@ -37,9 +39,11 @@ def load_seed(
     `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
     `precision`: as in `pick_dtype`.
     Raises RuntimeError: this torch has no kernels for the card, or there is no CUDA for Unsloth.
-    Raises ValueError: an unknown backend or precision.
+    Raises FileNotFoundError: no such folder, or the hub does not give it.
+    Raises ValueError: the folder's model can't be loaded; an unknown backend or precision.
     """
     dtype, reason = pick_dtype(precision)
+    check_model(name_or_path)
     logger.info("precision: %s", reason)
     if backend == "auto":
         backend = "transformers"
@@ -48,12 +52,13 @@ def load_seed(
         elif torch.cuda.is_available():
             advice = "pip install -r requirements-gpu.txt"
             logger.warning("unsloth is not installed, training is slower without it: %s", advice)
-    if backend == "unsloth":
-        model, tokenizer = _load_with_unsloth(str(name_or_path), load_in_4bit, max_seq_length, dtype)
-    elif backend == "transformers":
-        model, tokenizer = _load_with_transformers(str(name_or_path), load_in_4bit, dtype)
-    else:
+    if backend not in ("unsloth", "transformers"):
         raise ValueError(f"backend must be 'auto', 'unsloth' or 'transformers', got {backend!r}")
+    with _faults_in_words(name_or_path):
+        if backend == "unsloth":
+            model, tokenizer = _load_with_unsloth(str(name_or_path), load_in_4bit, max_seq_length, dtype)
+        else:
+            model, tokenizer = _load_with_transformers(str(name_or_path), load_in_4bit, dtype)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -87,6 +92,18 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def _faults_in_words(name: str | Path) -> Iterator[None]:
+    """What the libraries say of a model that they can't load, in a line that tells what to do."""
+    try:
+        yield
+    except (RuntimeError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        kind = ValueError if Path(name).is_dir() else FileNotFoundError
+        raise kind(why_not_loaded(name, error)) from error
+
+
 def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype: torch.dtype) -> tuple[Any, Any]:
     if not torch.cuda.is_available():
         raise RuntimeError("Unsloth needs a CUDA GPU: use backend='transformers' on this machine")
@@ -103,9 +120,10 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype
 def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    config = AutoConfig.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     options: dict[str, Any] = {"dtype": dtype}
-    if load_in_4bit and not hasattr(AutoConfig.from_pretrained(name), "quantization_config"):
+    if load_in_4bit and not hasattr(config, "quantization_config"):
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
@@ -191,18 +209,20 @@ def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
 
 
 def lm_head_weight(model: Any) -> torch.Tensor:
-    """The vocabulary projection (V, H).
-    Raises ValueError: the model does more than multiply by it (bias, soft cap, logit scale).
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    extras = [name for name in names if getattr(config, name, None) not in (None, 1)]
-    if getattr(head, "bias", None) is not None:
-        extras.append("a bias")
-    if extras:
-        adds = f"{', '.join(extras)}: choose a Llama, Mistral, Qwen or Phi"
-        raise ValueError(f"training needs a plain vocabulary projection, and this seed model adds {adds}")
-    return head.weight
+    """The vocabulary projection (V, H)."""
+    return model.get_output_embeddings().weight
+
+
+def head_options(model: Any) -> dict[str, Any]:
+    """What a model does with its logits beside the projection, as `cot_raft_loss` takes it."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "logits_scaling"):
+        factor = getattr(config, name, None) or 1.0
+        # Granite alone divides.
+        scale *= 1 / factor if name == "logits_scaling" and config.model_type.startswith("granite") else factor
+    cap, bias = getattr(config, "final_logit_softcapping", None), getattr(model.get_output_embeddings(), "bias", None)
+    return {"softcap": cap, "logit_scale": scale, "head_bias": bias}
 
 
 def _is_unsloth(model: Any) -> bool:

@@ -19,7 +19,7 @@ from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import Example, LengthGroupedSampler, collate
-from tract_lite.training.seed_model import compute_dtype, hidden_states, lm_head_weight
+from tract_lite.training.seed_model import compute_dtype, head_options, hidden_states, lm_head_weight
 from tract_lite.training.settings import COMPLETE_FILE, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class CotRaftTrainer(Trainer):
             self.add_callback(_ShowFigures())
         # Our loss divides by the counts of the step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-        self._head = lm_head_weight(model)
+        self._head, self._head_options = lm_head_weight(model), head_options(model)
         self.score_ids = torch.tensor(spec.label_ids, device=self.args.device)
         self.score_values = torch.tensor(spec.scale.values, device=self.args.device)
         self._meter = _Meter(self.args.device)
@@ -102,7 +102,7 @@ class CotRaftTrainer(Trainer):
         hidden = hidden_states(model, batch.pop("input_ids"), batch.pop("attention_mask"))
         batch |= {"score_token_ids": self.score_ids, "score_values": self.score_values}
         batch |= {"raft_weight": self.settings.raft_weight, "ce_on_score": self.settings.ce_on_score}
-        return cot_raft_loss(hidden, self._head, **batch)
+        return cot_raft_loss(hidden, self._head, **batch, **self._head_options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
