@@ -40,7 +40,8 @@ def randomise(model: Any, std: float = 0.1) -> Any:
 
 def make_adapter(seed_model: Path, folder: Path, tokenizer: Any = None, **options: Any) -> Path:
     """An adapter with random weights, none zero, on all linear layers and `modules_to_save`."""
-    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    options = {"target_modules": "all-linear", **options}
+    config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **options)
     randomise(get_peft_model(base_model(seed_model), config)).save_pretrained(folder)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(seed_model)
     make_spec(tokenizer, ScoreScale.integers(1, 5), max_length=512, base_model=str(seed_model)).save(folder)

@@ -150,8 +150,8 @@ def test_what_judged_the_rows_stands_beside_them(folder, whole, tmp_path):
         (("--n-cot", 1), "n_cot: 2 there, 1 now"),
         (("--n-cot", 2, "--seed", 7), "or these again: seed: 0 there, 7 now"),
         (("--n-cot", 1, "--seed", 7), "n_cot: 2 there, 1 now; seed: 0 there, 7 now"),
-        (("--n-cot", 2, "--spec", "{spec}"), "spec_sha256: '"),
-        (("--n-cot", 2, "{other}"), "fingerprint: '"),
+        (("--n-cot", 2, "--spec", "{spec}"), "spec: another content"),
+        (("--n-cot", 2, "{other}"), "fingerprint: another content"),
     ],
 )
 def test_rows_of_another_judge_are_not_mixed(folder, whole, tmp_path, options, words):
@@ -199,8 +199,9 @@ def test_failed_items_are_judged_again_and_the_table_keeps_the_order_of_the_inpu
     first = read_rows(tmp_path / "out.jsonl")
     assert ["does not fit" in str(row["error"]) for row in first] == [False, True] * 2
     with table.open(encoding="utf-8", newline="") as file:
-        [_, failed, *_] = csv.DictReader(file)
-    assert failed["score"] == failed["p_1"] == "" and "does not fit" in failed["error"]
+        [fine, failed, *_] = csv.DictReader(file)
+    assert failed["judge_score"] == failed["p_1"] == "" and "does not fit" in failed["error"]
+    assert float(failed["doubt"]) == 4 > float(fine["doubt"]) > 0
 
     done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", *options, 300)
     assert done.returncode == 0 and "2 judged, 0 of them failed, 2 were there" in done.stdout
@@ -224,13 +225,15 @@ def test_a_table_holds_the_figures_of_the_rows(folder, whole, tmp_path):
         written = list(csv.DictReader(file))
     table = read_table(tmp_path / "out.parquet")
     assert table.column_names == list(written[0])
-    assert {"id", "score", "std", "mode", "mass", "p_1", "p_5", "truncated", "error", "gold", "feedback"} <= set(
-        table.column_names
-    )
+    figures = ["std", "spread", "doubt", "mode", "mass", *(f"p_{n}" for n in range(1, 6)), "error_bound", "truncated"]
+    own = ["judge_score", "normalised_score", *figures, "error", "gold", "feedback"]
+    assert table.column_names == [*read_rows(whole / "data.jsonl")[0], *own]
     for row, text, cells in zip(rows, written, table.to_pylist(), strict=True):
         assert cells["id"] == text["id"] == row["id"] and cells["error"] is None
-        for name in ("score", "std", "spread", "mode", "mass", "error_bound", "gold"):
+        for name in ("normalised_score", "std", "spread", "doubt", "mode", "mass", "error_bound", "gold"):
             assert cells[name] == float(text[name]) == row[name]
+        assert cells["judge_score"] == float(text["judge_score"]) == row["score"]
+        assert cells["score"] == float(text["score"]) == row["gold"]
         for label, share in row["probabilities"].items():
             assert cells[f"p_{label}"] == float(text[f"p_{label}"]) == share
         assert cells["truncated"] is row["truncated"] and text["truncated"] == str(row["truncated"])
@@ -247,6 +250,56 @@ def test_hostile_ids_and_texts_come_through_to_every_table(folder, tmp_path):
     with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == shown
     assert read_table(tmp_path / "out.parquet")["id"].to_pylist() == shown
+
+
+def test_a_table_keeps_the_columns_of_the_input_and_names_its_own_apart(folder, tmp_path):
+    rows = [
+        {"Model": "a", "score": "3/5", "answer": ROWS[0]["response"], "feedback": "good", "judge_score": 1, "id": "x"},
+        {"Model": None, "score": "", "answer": ROWS[1]["response"], "feedback": "", "judge_score": 2, "id": "x"},
+    ]
+    write_rows(tmp_path / "data.jsonl", ({**row, "tags": ["t"]} for row in rows))
+    done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", "-o", tmp_path / "out.csv", "--criteria", "c")
+    assert done.returncode == 0 and "1 of 2 have no gold score" in done.stdout, done.stderr
+    assert "answer as response" in done.stderr and "not read: Model, judge_score, tags" in done.stderr
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    own = ["Model", "score", "answer", "feedback", "judge_score", "id", "tags"]
+    assert list(found[0])[:9] == [*own, "judge_id", "judge_judge_score"] and list(found[0])[-1] == "judge_feedback"
+    assert [row["judge_id"] for row in found] == ["x", "x#2"]
+    assert [(row["score"], row["feedback"], row["tags"]) for row in found] == [
+        ("3/5", "good", '["t"]'),
+        ("", "", '["t"]'),
+    ]
+    assert main(["evaluate", str(tmp_path / "out.csv")]) == 0
+
+
+def test_gold_scores_that_are_given_later_are_taken(folder, tmp_path):
+    for golds, there in (([None, 1], 0), ([3, 1], 2), ([3, 5], 2)):
+        write_rows(tmp_path / "data.jsonl", [row | {"score": gold} for row, gold in zip(ROWS, golds)])
+        done, rows = judge(folder, tmp_path / "data.jsonl", tmp_path / "out.csv")
+        assert f"{there} were there already" in done.stdout
+        assert {row["id"]: row.get("gold") for row in rows} == {"0": golds[0], "1": golds[1]}
+        with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+            assert [row["gold"] for row in csv.DictReader(file)] == [str(float(g)) if g else "" for g in golds]
+
+
+def test_a_dash_writes_rows_to_standard_output_as_they_come(folder, data, tmp_path):
+    _, rows = judge(folder, data, tmp_path / "out.jsonl")
+    done = call("judge", folder / "judge.gguf", data, "-o", "-", "--threads", 1)
+    assert done.returncode == 0 and [json.loads(line) for line in done.stdout.splitlines()] == rows
+    text = "".join(json.dumps({"Antwort": row["response"]}) + "\n" for row in ROWS)
+    how = ("--columns", "response=Antwort", "--criteria", "Is it clear?", "--threads", 1)
+    done = call("judge", folder / "judge.gguf", "-", "-o", "-", *how, stdin=text)
+    assert [json.loads(line)["score"] for line in done.stdout.splitlines()] == [row["score"] for row in rows]
+
+
+def test_what_is_off_the_scale_of_the_judge_is_counted(folder, tmp_path):
+    rows = [ROWS[n] | {"score": 20 * n, "description_Met": "It is."} for n in range(4)]
+    write_rows(tmp_path / "data.jsonl", rows)
+    done = call("judge", folder / "judge.gguf", tmp_path / "data.jsonl", "-o", tmp_path / "out.jsonl", "--threads", 1)
+    assert done.returncode == 0
+    assert "4 of 4 items: the gold score is outside the judge's scale (1-5)" in done.stderr
+    assert "4 of 4 items: the rubric describes labels that are not on the judge's scale (1-5)" in done.stderr
 
 
 def test_one_item_is_explained_and_nothing_is_written(folder, whole, tmp_path):
@@ -560,10 +613,34 @@ def test_evaluate_reads_the_last_row_of_each_item(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_evaluate_names_the_rows_of_a_table(tmp_path, capsys, suffix):
-    (tmp_path / f"out.{suffix}").write_text("id,score,gold\na,1,1\n")
-    assert main(["evaluate", str(tmp_path / f"out.{suffix}")]) == 2
-    assert capsys.readouterr().err.endswith(f"evaluate reads the rows in {tmp_path / 'out.jsonl'}\n")
+def test_evaluate_reads_the_table_as_it_reads_the_rows(folder, whole, tmp_path, capsys, suffix):
+    for name in ("out.jsonl", "out.run.json"):
+        shutil.copy(whole / name, tmp_path)
+    judge(folder, whole / "data.jsonl", tmp_path / f"out.{suffix}", "--n-cot", 2)
+    printed = []
+    for name in ("out.jsonl", f"out.{suffix}"):
+        assert main(["evaluate", str(tmp_path / name)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_evaluate_prints_no_difference_of_scores_on_other_scales(tmp_path, capsys, caplog):
+    values = {str(n): float(n) for n in range(1, 6)}
+    rows = [{"id": str(n), "score": 1 + n / 2, "gold": 25.0 * n, "values": values} for n in range(5)]
+    write_rows(tmp_path / "out.jsonl", rows)
+    assert main(["evaluate", str(tmp_path / "out.jsonl")]) == 0
+    header, _, figures, *_ = capsys.readouterr().out.splitlines()
+    found = dict(zip(header.split("|"), map(str.strip, figures.split("|"))))
+    found = {name.strip(): cell for name, cell in found.items()}
+    assert found["pearson"] == "1.000" and found["rmse"] == found["mae"] == "nan"
+    assert "5 of 5 gold scores are outside the judge's scale (1 to 5)" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["id,points\na,1\n", "id,score\na,1\n"])
+def test_evaluate_refuses_a_table_without_scores_or_without_gold_scores(tmp_path, capsys, text):
+    (tmp_path / "out.csv").write_text(text)
+    assert main(["evaluate", str(tmp_path / "out.csv")]) == 2
+    assert re.search("no column score or judge_score|has a gold score", capsys.readouterr().err)
 
 
 def test_evaluate_takes_what_judge_has_written(whole, capsys):
@@ -606,7 +683,7 @@ def test_report_prints_where_the_page_is(tmp_path):
             "--context-length must be at least 1",
         ),
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "plain.jsonl holds other rows than these"),
-        (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2; .* line 1: neither"),
+        (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2 of 2: line 1 and 1 more: neither"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"), "--n-cot must be at least 1"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at none.json"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.gguf"), "none.gguf"),
@@ -749,7 +826,7 @@ def test_train_takes_a_stage_that_is_there_and_refuses_one_of_other_settings(tra
     assert capsys.readouterr().out == f"{copy / 'stage' / 'adapter'}\n"
     assert (copy / "stage" / "adapter" / "adapter_model.safetensors").stat() == weights
     assert main(["train", *map(str, (*files, *same, "--max-new-tokens", 41))]) == 2
-    assert re.search("other settings.* sampling: .*40.* there, .*41.* now", capsys.readouterr().err)
+    assert re.search("other settings.*max_new_tokens: 40 there, 41 now", capsys.readouterr().err)
 
 
 @pytest.mark.training

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # What judging, its data and its figures take.
 WITHOUT_TORCH = set(
     """Judge Judgement JudgeSpec Preset Record Rubric Run RunOptions Sampling ScoreScale Splits
-TrainSettings apart compare_judges evaluate format_table generate_cots make_spec parse_options preset_for read_records
-read_splits records_from settings_of split_records write_records""".split()
+TrainSettings apart compare_judges errors_in_words evaluate format_table generate_cots make_spec parse_options
+preset_for read_records read_splits records_from settings_of split_records write_records""".split()
 )
 
 pytestmark = pytest.mark.long
