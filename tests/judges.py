@@ -20,7 +20,10 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 
 # Gemma ties its embeddings and scales its queries by a number of the config.
-OPTIONS: dict[str, dict[str, Any]] = {"gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "granite": {"logits_scaling": 8.0},
+}
 TYPES = ("f32", "q8_0", "q4_k_m")
 
 

@@ -158,7 +158,7 @@ def test_going_on_gives_the_figures_of_one_go(run: Run, tmp_path: Path) -> None:
 def test_rows_of_another_judge_are_refused(run: Run) -> None:
     finish(run, items(*"ab"), {"one": Opened("1")})
     (run / "metrics.json").unlink()
-    with pytest.raises(ValueError, match="model: '1' there, '2' now"):
+    with pytest.raises(ValueError, match="model: 1 there, 2 now"):
         finish(run, items(*"abc"), {"one": Opened("2")})
 
 

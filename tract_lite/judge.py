@@ -114,7 +114,8 @@ class Judge:
         from tract_lite.training.seed_model import open_seed_model
 
         model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
-        return cls.from_model(model, tokenizer, spec, parallel, {"seed_model": content_of(seed_model) or str(seed_model)})
+        identity = {"seed_model": content_of(seed_model) or str(seed_model)}
+        return cls.from_model(model, tokenizer, spec, parallel, identity)
 
     @classmethod
     def from_model(

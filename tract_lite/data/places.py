@@ -51,7 +51,7 @@ def why_not_loaded(name: str | Path, error: BaseException) -> str:
         fetched = is_hub_id(str(name))
         return f"no folder {name} here, and {why_not_fetched(str(name), error)}" if fetched else NO_PLACE.format(name)
     sentence = " ".join(str(error).split()).partition(". ")[0].rstrip(".:") or type(error).__name__
-    return f"{name} can't be loaded ({sentence}): is it whole, and of a kind that this transformers knows?"
+    return f"{name} can't be loaded ({sentence})\nis it whole, and of a kind that this transformers knows?"
 
 
 def seed_model_of(name: str, adapter: str | Path) -> str:
