@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import pytest
 from filelock import FileLock
@@ -40,6 +41,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> pytes
     if report.skipped and os.environ.get("REQUIRE_ALL") == "1" and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped, and REQUIRE_ALL is set: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def quiet_again() -> Iterator[None]:
+    """What a verb of the command line tells of its work is not told by the tests after it."""
+    yield
+    logging.getLogger("tract_lite").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
