@@ -97,6 +97,22 @@ def test_pairs_of_responses_are_refused():
         records_from([row])
 
 
+def test_what_exports_nest_is_read_and_named(caplog):
+    row = {
+        "inputs": {"question": "q"},
+        "outputs": {"answer": "a", "tokens": 7},
+        "score_rubric": {"criteria": "c", "1": "no"},
+    }
+    assert records_from([row]) == [Record("q", "a", Rubric("c", {"1": "no"}), id="0")]
+    assert "inputs.question as instruction, outputs.answer as response" in said(caplog)[0]
+    assert "not read: outputs.tokens" in said(caplog)[0]
+
+
+def test_a_choice_can_be_pasted_into_a_shell():
+    with pytest.raises(BadRows, match=r"--columns 'score=Score \(1-5\)' chooses one"):
+        records_from([{"response": "r", "Score (1-5)": 4, "Score [0-9]": 8}])
+
+
 def test_of_many_names_the_first_are_shown():
     with pytest.raises(BadRows) as caught:
         records_from([{f"column {number}": 1 for number in range(200)}])
@@ -166,6 +182,7 @@ def test_the_input_beside_an_instruction_is_a_part_of_it(caplog):
 @pytest.mark.parametrize(
     "columns, fault",
     [
+        ({"response": "Antwort", "instruction": "Antwort"}, "Antwort can't fill two fields"),
         ({"resposne": "a"}, r"no field 'resposne' \(did you mean response\?\); there are instruction, input"),
         ({"response": "Antwrot"}, r"no column 'Antwrot' for response \(did you mean Antwort\?\); its columns: Antwort"),
     ],
@@ -227,6 +244,18 @@ def test_a_prompt_is_refused_where_something_would_not_be_asked(beside, caplog):
     assert f"not read: {names}" in said(caplog)[-1]
 
 
+@pytest.mark.parametrize("beside", [{"chosen": "Paris", "rejected": "London"}, {"回答": "巴黎。"}, {"response_1": 4}])
+def test_a_short_answer_beside_a_prompt_is_an_answer_too(beside):
+    with pytest.raises(BadRows, match="a prompt beside .*, and no response"):
+        records_from([{"prompt": "Capital of France?", **beside}])
+
+
+def test_a_blank_response_beside_a_prompt_stays_one(caplog):
+    rows = [{"prompt": "p1", "instruction": "", "response": "r"}, {"prompt": "p2", "instruction": "", "response": ""}]
+    assert [(r.instruction, r.response) for r in records_from(rows)] == [("p1", "r"), ("p2", "")]
+    assert "prompt as instruction" in said(caplog)[0]
+
+
 def test_marks_and_numbers_may_stand_beside_a_ready_prompt(caplog):
     [record] = records_from([{"prompt": "Judge this: x.", "category": "math", "tokens": 12, "score": 2}])
     assert record == Record(prompt="Judge this: x.", score=2, id="0")
@@ -272,3 +301,5 @@ def test_repeated_ids_lose_no_row_and_a_made_up_one_is_no_other(caplog):
     assert (ids[0], ids[3], ids[4], ids[7]) == ("a", "1", "a#2", "row 7")
     assert ids[1] == "row 2" and ids[8] == "8"
     assert "ids that several records have: 1; the first: 'a'" in caplog.text
+    records = records_from([{"response": "r", "id": name} for name in (None, "0", "row 1")])
+    assert [record.id for record in records] == ["row 1#2", "0", "row 1"]

@@ -75,6 +75,14 @@ def test_a_conversation_as_text_is_read_in_a_prompt_too():
     assert record.instruction == "System: Be short.\n\nUser: How do I pack?"
 
 
+@pytest.mark.parametrize(
+    "text", ['[{"type": "fruit", "name": "apple"}]', '[{"from": "Berlin"}]', '[{"role": "x"}] is what?']
+)
+def test_other_json_is_a_text(text):
+    [record] = records_from([{"instruction": text, "response": text}])
+    assert record.instruction == record.response == text
+
+
 def test_an_empty_last_turn_is_an_empty_response():
     [record] = records_from([{"messages": [CHAT[0], {"role": "assistant", "content": None}]}])
     assert (record.instruction, record.response) == ("How do I pack?", "")

@@ -297,7 +297,10 @@ def test_what_is_no_workbook_is_refused_in_words(tmp_path):
     "text, fault",
     [
         ("response,score\nr,1\nresponse,score\ns,2\n", "line 3: the header stands here again"),
-        ('response,score\nr,1\n"{""ImportId"":""Q1""}",x\ns,2\n', "line 3: lines of the header of Qualtrics"),
+        (
+            'response,score\nr,1\n"{""ImportId"":""Q1""}",x\ns,2\n',
+            "line 2 and 1 more: a line of the header of Qualtrics",
+        ),
         (
             "Results of May\nresponse,score\nr,1\ns,2\n",
             "line 2 and 2 more: 2 values for 1 column: the first line must be",

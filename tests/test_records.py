@@ -507,6 +507,11 @@ def test_a_data_frame_is_read_as_its_file_would_be(read, tmp_path):
         assert records_from(getattr(pd, f"read_{kind}")(tmp_path / f"frame.{kind}")) == read(rows)
 
 
+def test_the_named_index_of_a_data_frame_is_a_column():
+    frame = pd.DataFrame({"question": ["q"], "response": ["r"], "id": ["x"]}).set_index(["id", "question"])
+    assert records_from(frame) == [Record("q", "r", id="x")]
+
+
 @pytest.mark.parametrize("missing", [None, math.nan, np.nan, pd.NA, pd.NaT])
 def test_a_missing_cell_is_absent_in_a_data_frame_and_in_dicts(missing):
     full = {"response": "r", "score": 2, "id": "a", "feedback": "f", "reference": "best", "feedback_ids": [7]}

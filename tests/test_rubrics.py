@@ -38,6 +38,8 @@ def test_every_shape_of_an_object_is_the_same_rubric_as_an_object_as_json_and_as
         {"rubric.criteria": "Is it true?", "rubric.descriptions.1": "no", "rubric.descriptions.5": "yes"},
         {"rubric.criteria": "Is it true?", "rubric.score1_description": "no", "rubric.score5_description": "yes"},
         {"criteria": json.dumps(OBJECTS[0])},
+        {"score_rubric.criteria": "Is it true?", "score_rubric.score1_description": "no", "score_rubric.5": "yes"},
+        {"rubric": {"evaluation_criteria": "Is it true?", "1": "no", "5": "yes"}},
         {"rubric": {"descriptions": {"1": "no"}}, "criteria": "Is it true?", "description_5": "yes"},
     ],
 )
@@ -95,6 +97,24 @@ def test_unknown_keys_are_named_once_for_the_file(caplog):
     assert parse_rubric(rubric) == (Rubric("c"), ["weight", "Remarks"])
     records_from([{"response": "r", "instruction": "i", "score": 1, "rubric": rubric}] * 3)
     assert caplog.text.count("not read: rubric.weight, rubric.Remarks") == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"score_1_description": "a", "score1_description": "b"},
+        {"criteria": {"1": "a"}, "rubric": {"1": "b"}},
+        {"rubric": {"criteria": "c", "1": "a"}, "description_1": "b"},
+    ],
+)
+def test_two_texts_for_one_label_are_refused(row):
+    with pytest.raises(ValueError, match="the rubric describes 1 twice"):
+        records_from([row | {"response": "r"}])
+
+
+def test_a_range_is_no_label():
+    given = {"criteria": "c", "1-2": "a", "3": "m", "4 - Good": "b"}
+    assert parse_rubric(given) == (Rubric("c", {"3": "m", "4": "b"}), ["1-2"])
 
 
 def test_the_surest_key_holds_the_criteria_and_the_others_are_named():

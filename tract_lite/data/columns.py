@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from difflib import get_close_matches
 from functools import lru_cache
+from shlex import quote
 from typing import Any, Iterable, Mapping, Sequence
 
 from tract_lite.data.rubrics import described_label
@@ -42,8 +43,13 @@ _STANDS_FOR = {
     "gpt4_score": "instruction criteria score",
 }
 # Exports join the names of nested objects with dots: those that say nothing, first or last.
-_HOLDERS = set("inputs outputs fields data item row record example annotation annotations rubric".split())
+_HOLDERS = set("inputs outputs fields data item row record example annotation annotations".split())
+_HOLDERS |= {"rubric", "score_rubric", "scoring_rubric"}
 _VALUES = {"value", "text", "content"}
+# Beside a ready prompt: what is no text to judge, and what sounds like one.
+_MARKS = set("category categories source dataset subset split language lang domain topic type model tags idx".split())
+_MARKS |= set("index difficulty level version timestamp date time annotator user".split())
+_RESPONSES = "response", "answer", "chosen", "rejected", "completion", "output", "generat"
 WANTED = "response (the text to judge), instruction, criteria and score"
 MOST_SHOWN = 15
 
@@ -57,6 +63,10 @@ class Fields:
 
     def __contains__(self, field: object) -> bool:
         return field in self._cells
+
+    def cell(self, field: str) -> Any:
+        """The cell of a field, None if it has none; not counted as read."""
+        return self._cells.get(field)
 
     def filled(self, field: str) -> bool:
         return not is_blank(self._cells.get(field))
@@ -86,6 +96,9 @@ class Columns:
                 raise ValueError(
                     f"--columns: no field {field!r}{_meant(field, ALIASES)}; there are {', '.join(ALIASES)}"
                 )
+        names = [name for name in self.given.values() if name]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"--columns: {', '.join(twice)} can't fill two fields")
         self._assigned = lru_cache(maxsize=1024)(self._assign)
         self._names: dict[str, None] = {}
         self._read: Counter[tuple[str, str]] = Counter()
@@ -99,13 +112,13 @@ class Columns:
             best = [name for rank, name in ranked if rank == ranked[0][0]]
             filled = [name for name in best if not is_blank(row[name])] or best[:1]
             if len(filled) > 1:
-                raise ValueError(
-                    f"{listed(filled, ' or ')} may be the {field}: --columns {field}={filled[0]} chooses one"
-                )
+                choice = f"--columns {quote(f'{field}={filled[0]}')} chooses one"
+                raise ValueError(f"{listed(filled, ' or ')} may be the {field}: {choice}")
             others = [name for _, name in ranked if name != filled[0] and not is_blank(row[name])]
             if field in ("instruction", "response") and others and is_blank(row[filled[0]]):
                 both = f"{filled[0]} is blank and {others[0]} is not"
-                raise ValueError(f"{both}: --columns {field}={filled[0]} or {field}={others[0]} chooses one")
+                ways = " or ".join(quote(f"{field}={name}") for name in (filled[0], others[0]))
+                raise ValueError(f"{both}: --columns {ways} chooses one")
             chosen[field] = filled[0]
         return Fields({field: row[name] for field, name in chosen.items()}, chosen)
 
@@ -138,17 +151,20 @@ class Columns:
         absent = [field for field in ("instruction", "criteria", "score") if field not in covered]
         lacking = [field for field in ALIASES if field not in fields]
         unread = [name if _reading(name) else name + _meant(name, lacking) for name in self._unread]
-        renamed = {name: _shown(name, field) for name, field in self._read if name not in _OWN}
-        parts = {"read": renamed.values(), "not read": unread, "not there": absent}
+        renamed = [(name, _shown(name, field)) for name, field in self._read if name not in _OWN]
+        parts = {"read": [shown for _, shown in renamed], "not read": unread, "not there": absent}
         said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
-        if any(name.startswith(_COLLECTION) for name in renamed):
+        if any(name.startswith(_COLLECTION) for name, _ in renamed):
             return said, bool(self._unread.keys() - _READY)
-        return said, bool(unread) or any(name != shown for name, shown in renamed.items())
+        return said, bool(unread) or any(name != shown for name, shown in renamed)
 
     def without_response(self, row: Mapping[str, Any]) -> str:
         """What to say of a row that has no text to judge."""
-        close = [name for name in row if not _reading(name) and _meant(name, ["response"])]
-        advice = f"did you mean --columns response={close[0]}?" if close else "--columns response=NAME names it"
+        texts = [name for name, cell in row.items() if isinstance(cell, str) and not _reading(name)]
+        close = [quote(f"response={name}") for name in texts if _meant(name, ["response"])]
+        advice = f"did you mean --columns {close[0]}?" if close else "--columns response=NAME names it"
+        if "column 2" in row:
+            advice += "; is the first line the header?"
         there = listed(row) or "none"
         return f"neither a prompt nor a response; its columns: {there}; wanted: {WANTED}; {advice}"
 
@@ -157,9 +173,10 @@ class Columns:
         self._names |= dict.fromkeys(names)
         taken = {field: column for field, name in self.given.items() if name and (column := _find(name, names))}
         found = {field: [(0, name)] for field, name in taken.items()}
-        if BENCHMARK <= set(names) and "response" not in names and not self.given:
+        chosen = self.given.keys() & {"response", "prompt", "instruction", "score", "feedback"}
+        if BENCHMARK <= set(names) and "response" not in names and not chosen:
             read = {"prompt": "instruction", "id": "id", **{name: name for name in sorted(BENCHMARK)}}
-            return {field: [(0, name)] for field, name in read.items() if name in names}
+            return {field: [(0, name)] for field, name in read.items() if name in names} | found
         collection = "orig_response" in names
         for name in names:
             bare = name.removeprefix(_COLLECTION) if collection else name
@@ -189,21 +206,35 @@ def is_blank(cell: Any) -> bool:
     return cell is None or cell != cell or cell in ([], {}) or isinstance(cell, str) and not cell.strip()
 
 
-def is_text(cell: Any) -> bool:
-    """Whether a cell may hold a text of several words, and not only a mark or a number."""
-    return isinstance(cell, (list, dict)) or isinstance(cell, str) and len(cell.split()) > 1
+def may_be_response(name: str, cell: Any) -> bool:
+    """Whether an unknown column may hold a text to judge, and not only a mark or a number."""
+    plain = _plain(name)
+    if any(word in plain for word in _RESPONSES):
+        return True
+    is_mark = plain in _MARKS or plain.endswith(("_id", "_at")) or isinstance(cell, (bool, int, float))
+    return not is_mark and not re.fullmatch(r"[\d.,:%/+-]+", str(cell).strip())
+
+
+def flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with what stands inside the objects of exports, by names with a dot."""
+    found: dict[str, Any] = {}
+    for name, cell in row.items():
+        opened = isinstance(cell, dict) and name.lower() in _HOLDERS and "rubric" not in name.lower()
+        found |= {f"{name}.{inside}": value for inside, value in cell.items()} if opened else {name: cell}
+    return found
 
 
 def listed(names: Iterable[str], joint: str = ", ") -> str:
     """The names in a row, the first ones of many."""
-    names = list(names)
+    names = [re.sub(r"[\r\n]+", " ", name) for name in names]
     more = [f"{len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
     return joint.join([*names[:MOST_SHOWN], *more])
 
 
-def names_a_field(name: str) -> bool:
-    """Whether a column of this name is read."""
-    return _reading(name) is not None
+def field_named(name: str) -> str | None:
+    """The field that a column of this name is read as."""
+    reading = _reading(name)
+    return reading and reading[1]
 
 
 def _reading(name: str) -> tuple[int, str] | None:
@@ -230,7 +261,7 @@ def _shown(name: str, field: str) -> str:
 
 def _plain(name: str) -> str:
     """A name in lower case without a scale in brackets, its words joined by underscores."""
-    bare = re.sub(r"[(\[][^)\]]*\d[^)\]]*[)\]]", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
+    bare = re.sub(r"[(\[]\s*\d[^)\]]*[)\]]", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
     return re.sub(r"[\W_]+", "_", bare).strip("_").lower() if not re.search(r"[()\[\]]", bare) else bare.lower()
 
 

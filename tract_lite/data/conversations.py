@@ -21,9 +21,14 @@ Turn = tuple[str, str]
 
 
 def looks_like_turns(value: Any) -> bool:
-    """Whether a cell holds a list of turns, perhaps as JSON."""
+    """Whether a cell holds a list of turns, perhaps as JSON; other JSON is a text."""
     if isinstance(value, str):
-        return bool(re.match(rf"\s*\[\s*\{{\s*[\"']({'|'.join(_ROLES)})[\"']\s*:", value))
+        if not re.match(r"\s*\[\s*\{", value):
+            return False
+        try:
+            return all(_speaker(turn) in _KNOWN and set(_TEXTS) & turn.keys() for turn in parse_object(value))
+        except (ValueError, AttributeError, TypeError):
+            return False
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -31,7 +36,7 @@ def read_turns(value: Any) -> tuple[list[Turn], list[str]]:
     """Speaker and text of each turn, and the names of what else stands in turns.
     Raises ValueError: it is no plain conversation of texts.
     """
-    turns = parse_object(value) if isinstance(value, str) and looks_like_turns(value) else value
+    turns = parse_object(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(turns, list) or not turns:
         wanted = 'a list of turns such as {"role": "user", "content": "..."}'
         raise ValueError(f"a conversation must be {wanted}, got {shorten(value)}; --columns messages= leaves it out")
@@ -60,6 +65,10 @@ def joined(turns: Sequence[Turn]) -> str:
     if [speaker for speaker, _ in turns] == ["User"]:
         return turns[0][1]
     return "\n\n".join(f"{speaker}: {text}" for speaker, text in turns)
+
+
+def _speaker(turn: Mapping[str, Any]) -> str:
+    return next((str(turn[name]).strip().lower() for name in _ROLES if name in turn), "")
 
 
 def _turn(turn: Any) -> tuple[str, str, list[str]]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Iterable
 
-from tract_lite.data.columns import listed, names_a_field
+from tract_lite.data.columns import field_named, listed
 from tract_lite.data.hub import why_not_fetched
 from tract_lite.data.sheets import Rows, read_csv, read_xlsx
 from tract_lite.data.texts import EXCEL, ZIP, open_text
@@ -42,7 +42,8 @@ def read_rows(source: str, format: str = "auto", split: str | None = None, encod
         yield from rows
     except UnicodeDecodeError as error:
         advice = "--encoding names what it is written in"
-        raise ValueError(f"can't read {source} as {encoding or error.encoding}: {advice}") from error
+        name = encoding or error.encoding.replace("charmap", EXCEL)
+        raise ValueError(f"can't read {source} as {name}: {advice}") from error
     except (OSError, ValueError, RecursionError, EOFError) as error:
         # What is raised here says what to do, what the readers' libraries say does not.
         told = type(error) is ValueError
@@ -108,7 +109,8 @@ def _rows_in(content: Any, source: str) -> list[Any]:
         return content
     values = content if isinstance(content, dict) else {}
     lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    if any(isinstance(value, str) and names_a_field(name) for name, value in values.items()) or "messages" in lists:
+    read = {field_named(name) for name, value in values.items() if isinstance(value, str)}
+    if "response" in read or any(field_named(name) == "messages" for name in lists):
         return [content]
     if len(lists) != 1:
         fault = "it must be a list of rows, or an object that holds one list"

@@ -6,7 +6,7 @@ from reprlib import repr as shorten
 from statistics import fmean
 from typing import Any, Mapping
 
-from tract_lite.data.columns import BENCHMARK, Columns, Fields, is_text, listed
+from tract_lite.data.columns import BENCHMARK, Columns, Fields, flat, listed, may_be_response
 from tract_lite.data.conversations import joined, looks_like_turns, read_turns, split_turns
 from tract_lite.data.rubrics import parse_rubric, text_of
 from tract_lite.data.scores import parse_score
@@ -43,6 +43,7 @@ def to_record(
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must have named columns, got {shorten(row)}")
+    row = flat(row)
     fields, parts = columns.fields(row), list[str]()
     if all(name in fields for name in BENCHMARK):
         record = _from_benchmark(fields, scale)
@@ -72,8 +73,9 @@ def _asked(row: Mapping[str, Any], fields: Fields, columns: Columns, parts: list
     if fields.filled("messages"):
         return _from_turns(fields, parts)
     beside = [name for name in _ASKED if fields.filled(name)]
-    nothing_else = "instruction" in fields and not beside and not fields.filled("response")
-    if fields.filled("prompt") and ("response" not in fields or nothing_else or columns.given.get("prompt")):
+    # In tables of both kinds of rows, these two are not blank but missing.
+    alone = fields.cell("response") is None and fields.cell("instruction") is None and "instruction" in fields
+    if fields.filled("prompt") and ("response" not in fields or alone or columns.given.get("prompt")):
         prompt = _text(fields, "prompt")
         _check_ready(row, fields, columns, beside)
         return Record(prompt=prompt)
@@ -100,7 +102,8 @@ def _check_ready(row: Mapping[str, Any], fields: Fields, columns: Columns, besid
         return
     names = [fields.columns[name] for name in [*beside, *fields.descriptions()]]
     known = set(fields.columns.values())
-    names += [name for name in columns.unread(row, fields) if name not in known and is_text(row[name])]
+    unread = [name for name in columns.unread(row, fields) if name not in known]
+    names += [name for name in unread if may_be_response(name, row[name])]
     if names:
         ways = "name it with --columns response=NAME, or say --columns prompt=prompt if the prompt is ready"
         raise ValueError(f"a prompt beside {listed(names)}, and no response: {ways}")
@@ -154,9 +157,18 @@ def _rubric(fields: Fields, parts: list[str]) -> Rubric | None:
             raise ValueError(f"two criteria: --columns {name}= leaves one out")
         if read:
             criteria = criteria or read.criteria
-            descriptions |= read.descriptions
-    descriptions |= {label: text for name, label in fields.descriptions().items() if (text := _text(fields, name))}
+            _add(descriptions, read.descriptions)
+    for name, label in fields.descriptions().items():
+        if text := _text(fields, name):
+            _add(descriptions, {label: text})
     return Rubric(criteria, descriptions) if criteria or descriptions else None
+
+
+def _add(descriptions: dict[str, str], more: Mapping[str, str]) -> None:
+    """Add descriptions of labels. Raises ValueError: a label has another one."""
+    if twice := [label for label in more if descriptions.get(label, more[label]) != more[label]]:
+        raise ValueError(f"the rubric describes {listed(twice)} twice: leave one out, as in --columns rubric=")
+    descriptions |= more
 
 
 def _score(fields: Fields, scale: ScoreScale | None, unread_golds: list[str] | None) -> float | None:
@@ -179,7 +191,8 @@ def _feedback(row: Mapping[str, Any], fields: Fields) -> str | None:
 def _from_benchmark(fields: Fields, scale: ScoreScale | None) -> Record:
     columns = fields.take("gpt4_feedback"), fields.take("gpt4_score")
     if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
-        raise ValueError("gpt4_feedback and gpt4_score must be lists of one length")
+        single = "--columns score=gpt4_score feedback=gpt4_feedback reads single ones"
+        raise ValueError(f"gpt4_feedback and gpt4_score must be lists of one length; {single}")
     read = [(text_of(text, "gpt4_feedback"), parse_score(score, scale)) for text, score in zip(*columns)]
     annotations = tuple(Annotation(text, score) for text, score in read if text is not None and score is not None)
     if len(annotations) < len(read):

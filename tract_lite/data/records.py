@@ -102,7 +102,8 @@ def records_from(rows: Any, **options: Unpack[Options]) -> list[Record]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         if len(set(rows.columns)) < len(rows.columns):
             raise ValueError(f"the data frame has two columns of one name: {', '.join(map(str, rows.columns))}")
-        rows = rows.to_dict("records")
+        named = rows.reset_index() if any(rows.index.names) else rows
+        rows = named.to_dict("records")
     placed = ((f"row {number}", _plain(row)) for number, row in enumerate(rows, 1))
     return _to_table("the rows given", placed, **options).records
 
@@ -189,20 +190,21 @@ def with_own_ids(records: Sequence[Record], positions: Sequence[int] | None = No
     A missing id is the position; the second record of one id gets "#2" behind it, and so on.
     """
     given = Counter(record.id for record in records)
-    used: dict[str, int] = {}
+    used: set[str] = set()
+    numbers: Counter[str] = Counter()
     named = []
     for place, record in zip(positions or range(len(records)), records):
         base = record.id or (str(place) if str(place) not in given else f"row {place + 1}")
         name = base
         while name in used or name in given and name != record.id:
-            used[base] = used.get(base, 1) + 1
-            name = f"{base}#{used[base]}"
-        used.setdefault(name, 1)
+            numbers[base] += 1
+            name = f"{base}#{numbers[base] + 1}"
+        used.add(name)
         named.append(record if record.id == name else replace(record, id=name))
     repeated = [name for name, count in given.items() if name and count > 1]
     if repeated:
-        first = f"{repeated[0]!r} is now {repeated[0]!r}, {repeated[0] + '#2'!r} and so on"
-        logger.warning("ids that several records have: %d; the first: %s", len(repeated), first)
+        first = f"the first: {repeated[0]!r}; the later ones have a number behind it, as in {repeated[0] + '#2'!r}"
+        logger.warning("ids that several records have: %d; %s", len(repeated), first)
     return named
 
 

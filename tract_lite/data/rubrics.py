@@ -11,18 +11,26 @@ from typing import Any, Mapping
 from tract_lite.record import Rubric
 
 # The keys of an object, the surest first.
-CRITERIA = ("criteria", "criterion", "question", "description")
+CRITERIA = (
+    *("criteria", "criterion", "evaluation_criteria", "scoring_criteria", "guidelines"),
+    *("question", "description"),
+)
 _LEVELS = ("descriptions", "levels", "scores", "score_descriptions")
 _LABEL, _TEXT = ("score", "label", "level", "value"), ("description", "text", "meaning")
 # A column of the whole row must say what it is; inside a rubric a bare "1" or "score_1" does.
 _DESCRIBES = r"(?:\w+\.)?(?:score[ _-]*(.+?)[ _-]+description|descriptions?[ _.-]+(.+))"
-_DESCRIBES_INSIDE = rf"{_DESCRIBES}|(?:score|level|rating)[ _-]*(-?\d+)|(-?\d+(?:\.\d+)?)(?:\s*[-:=(\u2013].*)?"
+_DESCRIBES_INSIDE = (
+    rf"{_DESCRIBES}|(?:score|level|rating)[ _-]*(-?\d+)|(-?\d+(?:\.\d+)?)(?:\s*[-:=(\u2013]\s*[^\d\s].*)?"
+)
 # The beginning of an object or a list, in JSON or as Python prints it; prose may begin with "[".
 _OBJECT = re.compile(r"\s*(\{\s*[\"'}\d-]|\[\s*[\[{\"'\]])")
 
 
 def described_label(name: str, inside: bool = False) -> str | None:
     """The label that a column (or, `inside` a rubric, a key) describes: "score1_description"."""
+    holder, dot, key = name.partition(".")
+    if dot and holder.strip().lower().endswith("rubric") and not re.fullmatch(_DESCRIBES, name, re.IGNORECASE):
+        name, inside = key, True
     match = re.fullmatch(_DESCRIBES_INSIDE if inside else _DESCRIBES, name.strip(), re.IGNORECASE)
     return match and _label(next(filter(None, match.groups())))
 

@@ -5,7 +5,7 @@ import logging
 from itertools import chain
 from typing import Any, Iterable, Iterator, Sequence
 
-from tract_lite.data.columns import names_a_field
+from tract_lite.data.columns import field_named
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +31,37 @@ def read_csv(lines: Iterable[str], delimiters: str = _DELIMITERS) -> Rows:
     while first and (not first.strip() or is_separator_line(first)):
         delimiters = first[4] if is_separator_line(first) else delimiters
         first, before = next(lines, ""), before + 1
+    if not any(separator in first for separator in delimiters):
+        delimiters = _DELIMITERS
     delimiter = max(delimiters, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
     spaced = first.count(delimiter) == first.count(f"{delimiter} ") > 0
     reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter, skipinitialspace=spaced)
     names: list[str] | None = None
+    held: tuple[str, Any] | None = None
     end = before
     while True:
         start = end + 1
         try:
             values = next(reader)
         except StopIteration:
+            yield from [held] if held else []
             return
         except csv.Error as error:
             if "end of data" in str(error):
                 raise ValueError(UNCLOSED % start) from error
             end = before + reader.line_num
-            yield f"line {start}", ValueError(f"{error}: double the quotes that stand inside a quoted text")
+            yield from [held] if held else []
+            held = f"line {start}", ValueError(f"{error}: double the quotes that stand inside a quoted text")
             continue
         end = before + reader.line_num
         if names is None:
             names = column_names(values)
         elif values:
-            yield f"line {start}", to_row(names, values)
+            row = to_row(names, values)
+            if held and any(value.startswith(_QUALTRICS) for value in values):
+                held = held[0], row
+            yield from [held] if held else []
+            held = f"line {start}", row
 
 
 def is_separator_line(line: str) -> bool:
@@ -71,7 +80,7 @@ def read_xlsx(source: str) -> Rows:
     except Exception as error:  # whatever stands in the file
         raise ValueError(f"it is no workbook that openpyxl can read ({error}): save it again as .xlsx") from error
     filled = [sheet for sheet in book.worksheets if any(any(row) for row in sheet.iter_rows(values_only=True))]
-    filled.sort(key=lambda sheet: (sheet.sheet_state != "visible", not any(map(names_a_field, _header(sheet)))))
+    filled.sort(key=lambda sheet: (sheet.sheet_state != "visible", not any(map(field_named, _header(sheet)))))
     if others := [sheet.title for sheet in filled[1:]]:
         logger.warning("%s: the sheet %s is read, not: %s", source, filled[0].title, ", ".join(others))
     for sheet in filled[:1]:
@@ -130,10 +139,12 @@ def to_row(names: Sequence[str], values: Sequence[Any]) -> Any:
     if len(values) != len(names):
         fault = f"{len(values)} value{'s' * (len(values) != 1)} for {len(names)} column{'s' * (len(names) != 1)}"
         cure = "a text with a line break, a quote or a separator needs quotes around it"
-        return ValueError(f"{fault}: {cure if len(names) > 1 else 'the first line must be the header'}")
+        return ValueError(
+            f"{fault}: {cure if len(names) > 1 or field_named(names[0]) else 'the first line must be the header'}"
+        )
     texts = [str(value).strip() for value in values]
     if texts == list(names):
         return ValueError("the header stands here again: delete this line")
     if any(text.startswith(_QUALTRICS) for text in texts):
-        return ValueError("lines of the header of Qualtrics: delete this line and the one before")
+        return ValueError("a line of the header of Qualtrics: delete the second and the third line")
     return dict(zip(names, values))
