@@ -28,6 +28,11 @@ def write(path, content):
     return path
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name a file in it, or say --format hub"):
+        read_records(tmp_path)
+
+
 # Encodings
 
 

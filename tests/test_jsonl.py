@@ -105,6 +105,12 @@ def test_what_is_no_jsonl_is_refused_by_name(tmp_path, content):
         read_rows(path)
 
 
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="settings.json is damaged: "):
+        read_json(tmp_path / "settings.json")
+
+
 def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "counts.json"
     write_json(path, {"kept": 1})

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, load_tokenizer, make_family, vocabulary_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from tract_lite.data.places import content_of
 from tract_lite.export import merge
 from tract_lite.export.merge import merge_adapter
 from tract_lite.spec import JudgeSpec
@@ -236,6 +238,17 @@ def test_a_seed_may_move_but_not_change(seeds, adapters, spm, tmp_path):
     other = make_family(tmp_path / "llama", spm, "llama", seed=5)
     with pytest.raises(ValueError, match="was trained on .*, not on"):
         merge_adapter(other, adapters["llama"], tmp_path / "other")
+
+
+def test_a_seed_of_another_name_is_known_by_the_content_that_its_training_kept(seeds, adapters, spm, tmp_path):
+    adapter = renamed(adapters["llama"], tmp_path / "adapter", "/long/gone/other name")
+    seed = shutil.copytree(seeds["llama"], tmp_path / "now this name")
+    spec = JudgeSpec.load(adapter)
+    replace(spec, method={"seed_model_sha256": content_of(seed)}).save(adapter)
+    merge_adapter(seed, adapter, tmp_path / "merged")
+    other = make_family(tmp_path / "llama", spm, "llama", seed=5)
+    with pytest.raises(ValueError, match="was trained on /long/gone/other name, not on"):
+        merge_adapter(other, adapter, tmp_path / "other")
 
 
 @pytest.mark.parametrize("base", ["/long/gone/elsewhere", "nobody/elsewhere", "nobody/elsewhere-bnb-4bit"])

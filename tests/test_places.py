@@ -111,6 +111,9 @@ def test_why_the_hub_gives_nothing_comes_with_the_next_step(
 
 
 def test_a_switch_that_forbids_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    assert why_not_fetched("a/b", LocalEntryNotFoundError("")).startswith("the hub can't be reached")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert why_not_fetched("a/b", LocalEntryNotFoundError("")).startswith(
         "HF_HUB_OFFLINE is set, and the cache lacks it"

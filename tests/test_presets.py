@@ -124,6 +124,8 @@ def test_settings_hold_every_choice_that_changes_a_run_by_its_own_name(tmp_path:
         (b"{{ response }}\n{% if %}", r"t\.jinja, line 2: "),
         (b"{{ response | shouted }}", r"t\.jinja, line 1: No filter named 'shouted'"),
         ("Stärke".encode("latin-1"), r"t\.jinja is not in UTF-8"),
+        (b"{{ instruction }}", r"t\.jinja never asks for \{\{ response \}\}, the text to judge"),
+        (b"", r"t\.jinja never asks for"),
         (None, r"t\.jinja can't be read: No such file"),
     ],
 )
@@ -137,6 +139,16 @@ def test_a_template_that_can_not_be_used_is_told_before_anything_starts(
     for use in (lambda: settings_of(options), lambda: preset_for(options).seed):
         with pytest.raises(ValueError, match=words):
             use()
+
+
+def test_a_scratch_folder_that_is_a_file_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--scratch .*file is a file: name a folder"):
+        parse_options(["--preset", "quick", "--scratch", str(tmp_path / "file")])
+
+
+def test_types_have_one_spelling_since_they_stand_in_the_names_of_files() -> None:
+    assert preset_of("--preset quick --quantization Q8_0 q4_K_M").quantization == ("q8_0", "q4_k_m")
 
 
 def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:

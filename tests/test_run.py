@@ -196,8 +196,10 @@ def test_the_word_of_a_file_that_is_gone_goes_too(run: Run) -> None:
         run.keep_judged(f"judge-{name}.gguf", [Judgement("a", score=1.5)])
     run.keep_judged("stage 1", [Judgement("a", score=1.5)])
     write_json(run / "metrics.json", {"rows": {}})
+    write_json(run / "parity.json", {"judge-f16.gguf": {"records": 1}, "judge-q8_0.gguf": {"records": 2}})
     (run / "judge-f16.gguf").unlink()
     run.begin(SETTINGS)
+    assert read_json(run / "parity.json") == {"judge-q8_0.gguf": {"records": 2}}
     assert sorted(path.name for path in (run / "judged").iterdir()) == ["judge-q8_0.gguf.jsonl", "stage 1.jsonl"]
     assert not (run / "metrics.json").exists()
 

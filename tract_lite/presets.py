@@ -159,6 +159,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> RunOptions:
         ScoreScale.parse(options.scale)
     except ValueError as error:
         parser.error(f"--scale: {error}")
+    if options.scratch and Path(options.scratch).is_file():
+        raise ValueError(f"--scratch {options.scratch} is a file: name a folder")
     if options.preset == "auto":
         options = replace(options, preset=preset_of_machine())
     return replace(options, out=options.out or f"runs/{options.preset}")
@@ -186,6 +188,9 @@ def preset_for(options: StageOptions) -> Preset:
     if preset.data is None and getattr(options, "data", True):
         preset = replace(preset, **_TOY_ON_OWN_DATA)
     chosen["scale"] = ScoreScale.parse(options.scale)
+    if names := chosen.get("quantization"):
+        # They stand in the names of files.
+        chosen["quantization"] = tuple(name.lower() for name in names)
     if options.epochs is not None:
         chosen["training"] = replace(preset.training, epochs=options.epochs)
     known = {item.name for item in fields(Preset)}
@@ -207,17 +212,21 @@ def settings_of(options: RunOptions) -> dict[str, Any]:
 
 
 def read_template(path: str) -> str:
-    """A prompt's template. Raises ValueError: there is no such file, or it is no Jinja in UTF-8."""
-    from jinja2 import TemplateSyntaxError
+    """A prompt's template.
+    Raises ValueError: no such file, no Jinja in UTF-8, or it does not ask for the response.
+    """
+    from jinja2 import TemplateSyntaxError, meta
     from jinja2.sandbox import SandboxedEnvironment
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        SandboxedEnvironment().from_string(text)
+        asked = meta.find_undeclared_variables(SandboxedEnvironment().parse(text))
     except OSError as error:
         raise ValueError(f"the template {path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the template {path} is not in UTF-8 ({error.reason}): save it so") from error
     except TemplateSyntaxError as error:
         raise ValueError(f"the template {path}, line {error.lineno}: {error.message}") from error
+    if "response" not in asked:
+        raise ValueError(f"the template {path} never asks for {{{{ response }}}}, the text to judge")
     return text

@@ -216,6 +216,10 @@ class Run:
         gone = [path for path in (self / JUDGED).glob("judge-*.gguf.jsonl") if not (self / path.stem).exists()]
         for path in gone:
             path.unlink()
+        measured = read_json(self / PARITY)
+        if lost := [name for name in measured if not (self / name).exists()]:
+            write_json(self / PARITY, {name: figures for name, figures in measured.items() if name not in lost})
+            gone += [self / name for name in lost]
         after = {**before, **json.loads(json.dumps(later))}
         if after != before:
             write_json(self / SETTINGS, after)

@@ -45,8 +45,9 @@ def generate_cots(
     columns = Columns()
     reasoned = [to_record(row, columns) for row in kept.rows()]
     if not reasoned:
-        fault = f"the judge wrote no usable reasoning for any of {len(records)} records ({dict(reasons)})"
-        raise ValueError(f"{fault}: train stage 1 for longer, or allow more new tokens")
+        why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        fault = f"the judge wrote no usable reasoning for any of {len(records)} records ({why})"
+        raise ValueError(f"{fault}\nin another output, train stage 1 for longer or allow more new tokens")
     return reasoned, reasons
 
 

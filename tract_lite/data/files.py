@@ -30,6 +30,8 @@ def read_rows(source: str, format: str = "auto", split: str | None = None, encod
     elif source != "-" and not Path(source).exists():
         hint = "" if format in _READERS else "; if it is a data set on the hub: --format hub"
         raise FileNotFoundError(f"no file {source}{hint}")
+    elif Path(source).is_dir():
+        raise ValueError(f"{source} is a folder: name a file in it, or say --format hub if it is a data set")
     elif format in ("xls", "ods"):
         raise ValueError(f"{source}: spreadsheets are read as .xlsx or .csv: save it as one of them")
     elif format not in _READERS:
@@ -152,7 +154,9 @@ def _read_hub(source: str, split: str) -> Rows:
         rows = load_dataset(source, split=split)
     except Exception as error:  # whatever the hub's libraries raise
         known = isinstance(error, ValueError) and Path(source).exists()
-        raise ValueError(str(error) if known else why_not_fetched(source, error)) from error
+        way = "hf download --repo-type dataset {}"
+        advice = "" if known else f"{why_not_fetched(source, error, way)} with --format hub"
+        raise ValueError(advice or str(error)) from error
     yield from _numbered(rows)
 
 

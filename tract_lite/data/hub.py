@@ -12,7 +12,7 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII))
 
 
-def why_not_fetched(name: str, error: BaseException) -> str:
+def why_not_fetched(name: str, error: BaseException, download: str = "hf download {}") -> str:
     """Why the hub did not give a model or data set, and what to do, in half a line.
 
     `error` is what a library of the hub raised: which kind it is, its causes tell.
@@ -25,9 +25,10 @@ def why_not_fetched(name: str, error: BaseException) -> str:
     if kinds & {"PermissionError", "NotADirectoryError", "FileExistsError"}:
         return f"the hub's cache can't be written ({_first_line(error)}): HF_HOME names another place"
     if kinds & {"LocalEntryNotFoundError", "ConnectionError", "TransportError"}:
-        switch = next((switch for switch in OFFLINE_SWITCHES if os.environ.get(switch)), None)
+        on = ("1", "ON", "YES", "TRUE")
+        switch = next((switch for switch in OFFLINE_SWITCHES if os.environ.get(switch, "").upper() in on), None)
         fault = f"{switch} is set, and the cache lacks it" if switch else "the hub can't be reached"
-        return f"{fault}: fetch it where there is a network (`hf download {name}`), and name its folder"
+        return f"{fault}: fetch it where there is a network (`{download.format(name)}`), and name its folder"
     return f"the hub did not give it: {_first_line(error)}"
 
 

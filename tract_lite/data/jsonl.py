@@ -62,8 +62,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    """The object in a JSON file; an empty one where there is no file.
+    Raises ValueError: it is no JSON.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 @contextmanager

@@ -50,6 +50,10 @@ def why_not_loaded(name: str | Path, error: BaseException) -> str:
     if not Path(name).is_dir():
         fetched = is_hub_id(str(name))
         return f"no folder {name} here, and {why_not_fetched(str(name), error)}" if fetched else NO_PLACE.format(name)
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"{name} is no model of text alone that transformers' AutoModelForCausalLM knows\nchoose another seed model"
+        )
     sentence = " ".join(str(error).split()).partition(". ")[0].rstrip(".:") or type(error).__name__
     return f"{name} can't be loaded ({sentence})\nis it whole, and of a kind that this transformers knows?"
 

@@ -57,6 +57,10 @@ class LlamaEngine(Engine):
     Raises RuntimeError: llama.cpp can't hold that much.
     """
 
+    # Of an engine that could not be made, there is nothing to free.
+    _model: Any = None
+    _context: Any = None
+
     def __init__(
         self,
         path: str | Path,
@@ -71,8 +75,6 @@ class LlamaEngine(Engine):
         cache_type: str = "f16",
         repack: bool = False,
     ):
-        self._model: Any = None
-        self._context: Any = None
         self._slots: Slots | None = None
         self._llama = llama = quiet_llama()
         self._model = load_model(path, n_gpu_layers=gpu_layers, use_extra_bufts=repack)

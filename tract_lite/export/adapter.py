@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tract_lite.data.jsonl import read_json, write_json
+from tract_lite.data.places import content_of
 from tract_lite.export.model_folder import seed_folder, weight_files
+from tract_lite.spec import SPEC_FILE
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -47,6 +49,7 @@ class Adapter:
             raise ValueError(f"{folder} is not an adapter: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}{hint}")
         self.size = (folder / WEIGHTS_FILE).stat().st_size
         self.config = read_json(folder / CONFIG_FILE)
+        self._content = read_json(folder / SPEC_FILE).get("method", {}).get("seed_model_sha256")
         start = str(self.config.get("init_lora_weights")).lower()
         if self.config.get("fan_in_fan_out") or start.startswith(CHANGES_SEED):
             other = f"fan_in_fan_out or a start that changes the seed model ({', '.join(CHANGES_SEED)})"
@@ -84,9 +87,11 @@ class Adapter:
     def check_seed(self, seed_model: str | Path, seed_dir: Path) -> None:
         """Raises ValueError: the adapter was trained on another seed model than that in `seed_dir`.
 
-        They are told apart by their weights where the adapter's own seed model is still at hand,
-        else by their names: the last part of a path or hub id.
+        They are told apart by the content that the adapter's spec knows, by their weights where the
+        adapter's own seed model is still at hand, else by the last part of a path or hub id.
         """
+        if self._content and self._content == content_of(seed_model):
+            return
         trained_on = self.config.get("base_model_name_or_path") or "an unnamed seed model"
         try:
             same = _same_weights(seed_folder(trained_on, download=False), seed_dir)

@@ -76,7 +76,8 @@ def _config_and_tokenizer(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        trusted = {"trust_remote_code": False}
+        return AutoConfig.from_pretrained(folder, **trusted), AutoTokenizer.from_pretrained(folder, **trusted)
     except Exception as error:  # whatever the libraries say of a broken file
         raise ValueError(why_not_loaded(folder, error)) from error
 

@@ -120,8 +120,9 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype
 def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    config = AutoConfig.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    # Code that a model brings along is not run, and nobody is asked.
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_4bit and not hasattr(config, "quantization_config"):
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -66,7 +66,8 @@ def train_adapter(
         claim(out / HOW_FILE, how)
     if not (out / RESULT_FILE).exists():
         model, tokenizer, spec = open_seed_model(seed_model, scale, **options)
-        spec = replace(spec, method={**spec.method, **asdict(settings)})
+        content = {"seed_model_sha256": content_of(seed_model)}
+        spec = replace(spec, method={**spec.method, **asdict(settings), **content})
         model = add_lora(model, gradient_checkpointing=gradient_checkpointing, seed=settings.seed)
         train_stage(model, tokenizer, records, spec, out, settings, validation=validation)
         del model
