@@ -669,7 +669,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "out.txt"), "must end in .jsonl, .csv or .parquet"),
         (("judge", "{judge}", "{data}"), "name the output with -o"),
         (("judge", "{folder}", "{data}", "-o", "{out}"), "is a folder, and MODEL is a GGUF file: `tract-lite export`"),
-        (("judge", "{judge}", "{folder}", "-o", "{out}"), "model: format must be"),
+        (("judge", "{judge}", "{folder}", "-o", "{out}"), "model is a folder: name a file in it"),
         (("judge", "{text}", "{data}", "-o", "{out}"), "text.gguf is not a GGUF file"),
         (
             ("judge", "{judge}", "{data}", "-o", "{out}", "--server-model", "x"),
