@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llama_cpp import llama_perf_context
-from tiny import gguf_weights, make_llama, make_plain_judge, make_sentences
+from tiny import gguf_weights, make_family, make_llama, make_plain_judge, make_sentences
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import (
@@ -440,12 +440,21 @@ def test_where_it_is_left_open_parallel_follows_from_the_size_of_the_cache(path)
     lengths = (256, 1152, 3000, 100_000)
     assert [default_parallel(length, of_8_billion) for length in lengths] == [32, 26, 10, 1]
     assert [default_parallel(length, of_1_billion) for length in lengths] == [32, 32, 32, 1]
+    # What a sequence takes at any length counts as well.
+    assert [default_parallel(length, of_8_billion, 10**8) for length in lengths] == [29, 15, 8, 1]
     model = load_model(path)
     assert cache_bytes(model) == 4 * 2 * 2 * 16  # layers, heads of keys and values, their size
     quiet_llama().llama_model_free(model)
     with LlamaEngine(path, threads=1, context_length=100) as engine:
         assert engine.shape["parallel"] == 32
         assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40
+
+
+def test_heads_may_be_wider_than_the_model(folder, tmp_path):
+    make_family(tmp_path / "wide", folder / "spm", "qwen3", head_dim=32)
+    model = load_model(export_gguf(tmp_path / "wide", tmp_path / "wide.gguf", "f32", check=False))
+    assert cache_bytes(model) == 4 * 2 * 2 * 32
+    quiet_llama().llama_model_free(model)
 
 
 def test_an_item_that_the_model_can_not_compute_does_not_stop_the_others(path, tmp_path):

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from tract_lite.scale import ScoreScale, find_score_tokens
 from tract_lite.vocabulary import TransformersVocabulary, Vocabulary, split_specials
@@ -14,6 +15,12 @@ SPEC_FILE = "judge_spec.json"
 FORMAT = 1
 MARKER = "So the overall score is"
 SLOT = "{prompt}"
+# What a chat template is asked with. A model that can think before it answers is not to: what it
+# writes is its reasoning. Some templates name the day, and a judge is to be the same on every day.
+CHAT_MESSAGES = [{"role": "user", "content": SLOT}]
+CHAT_OPTIONS: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+CHAT_OPTIONS |= {"enable_thinking": False, "thinking": False}
+CHAT_DATE = date(2026, 1, 1)
 
 # What consecutive items share stands first, so that an engine can reuse its cache.
 DEFAULT_TEMPLATE = files("tract_lite").joinpath("template.jinja").read_text(encoding="utf-8")
@@ -103,10 +110,18 @@ def make_spec(
     Raises ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
     """
     vocabulary = TransformersVocabulary(tokenizer)
+    chat = chat_pieces(tokenizer, vocabulary)
+    return spec_for(vocabulary, chat, scale, template=template, marker=marker, **fields)
+
+
+def spec_for(
+    vocabulary: Vocabulary, chat: Sequence[int | str], scale: ScoreScale, *, marker: str = MARKER, **fields: Any
+) -> JudgeSpec:
+    """As `make_spec`, for any vocabulary and a chat format that was found."""
     tokens = find_score_tokens(vocabulary, marker, scale)
-    chat = tuple(chat_pieces(tokenizer, vocabulary))
-    pieces, eos_id = tuple(vocabulary.pieces(tokens.marker + tokens.labels)), vocabulary.eos_id
-    return JudgeSpec(template, scale, chat, tokens.marker, tokens.labels, pieces, eos_id, marker, **fields)
+    fields |= {"pieces": tuple(vocabulary.pieces(tokens.marker + tokens.labels)), "eos_id": vocabulary.eos_id}
+    fields |= {"chat": tuple(chat), "marker_ids": tokens.marker, "label_ids": tokens.labels}
+    return JudgeSpec(scale=scale, marker=marker, **fields)
 
 
 def chat_pieces(tokenizer: Any, vocabulary: TransformersVocabulary) -> list[int | str]:
@@ -117,8 +132,44 @@ def chat_pieces(tokenizer: Any, vocabulary: TransformersVocabulary) -> list[int 
     if not tokenizer.chat_template:
         start = tokenizer("")["input_ids"]
         return [i for i in start if i != vocabulary.eos_id or i == tokenizer.bos_token_id] + [SLOT]
-    message = [{"role": "user", "content": SLOT}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    options = {**CHAT_OPTIONS, "strftime_now": chat_date}
+    return split_chat(tokenizer.apply_chat_template(CHAT_MESSAGES, tokenize=False, **options), vocabulary)
+
+
+def split_chat(text: str, vocabulary: Vocabulary) -> list[int | str]:
+    """A rendered chat format as special ids and text. Raises ValueError: not with one `SLOT`."""
     if text.count(SLOT) != 1:
         raise ValueError("the chat template does not repeat the user's message once and unchanged")
     return split_specials(text, vocabulary.specials)
+
+
+def chat_date(format: str) -> str:
+    """The day, always the same, for chat templates that ask for it."""
+    return CHAT_DATE.strftime(format)
+
+
+def read_template(path: str | Path) -> str:
+    """A prompt's template.
+    Raises ValueError: no such file, no Jinja in UTF-8, or it does not ask for the response.
+    """
+    from jinja2 import TemplateSyntaxError, meta
+    from jinja2.sandbox import SandboxedEnvironment
+
+    text = read_template_text(path)
+    try:
+        asked = meta.find_undeclared_variables(SandboxedEnvironment().parse(text))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the template {path}, line {error.lineno}: {error.message}") from error
+    if "response" not in asked:
+        raise ValueError(f"the template {path} never asks for {{{{ response }}}}, the text to judge")
+    return text
+
+
+def read_template_text(path: str | Path) -> str:
+    """The text of any template's file. Raises ValueError: no such file, or not in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the template {path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the template {path} is not in UTF-8 ({error.reason}): save it so") from error

@@ -6,9 +6,11 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from tract_lite.engines.llama_cpp import complaint, complaints, quiet_llama
+from tract_lite.engines.llama_cpp import cache_bytes, complaint, complaints, has_state, quiet_llama
 
 BATCH_TOKENS = 512
+# llama.cpp's flag for what of a sequence can't be cut (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY).
+_STATE = 1
 # Those of llama.cpp that its kernels read back; with any other it ends the process.
 EXACT_CACHES = ("f16", "f32")
 CACHES = (*EXACT_CACHES, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -52,6 +54,8 @@ class Context:
                 advice = f"take cache_type f16: {cache_type} needs flash attention and heads of a multiple of 32 values"
             fault = f"llama.cpp can't hold {sequences} sequences of {length} tokens: {complaint()}"
             raise RuntimeError(f"{fault}\n{advice}")
+        self.forgets = not has_state(model)
+        self._kept: dict[int, Any] = {}
         self._numbers = [ctypes.pointer(ctypes.c_int32(number)) for number in range(sequences)]
         self._memory = llama.llama_get_memory(self.pointer)
         self._logits_shape = (llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),)
@@ -66,15 +70,38 @@ class Context:
 
     def clear(self) -> None:
         """Forget all sequences."""
+        self._kept.clear()
         self._llama.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int) -> None:
         """Make a sequence the same as another; whole, as llama.cpp can't copy a part of one."""
+        self._kept[target] = self._kept.get(source)
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def cut(self, sequence: int, length: int) -> None:
-        """Forget what a sequence holds from position `length` on."""
-        self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        """Forget what a sequence holds from position `length` on.
+
+        Unless the context `forgets`, that is all of it, nothing, or what came after `keep`.
+        """
+        if not self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            state, restore = self._kept.get(sequence), self._llama.llama_state_seq_set_data_ext
+            if not (state and restore(self.pointer, state, len(state), sequence, _STATE)):
+                raise RuntimeError("llama.cpp can't set a sequence of this model back to its prompt")
+            self._llama.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def keep(self, sequence: int) -> None:
+        """Keep the state of a sequence, in place of an earlier one, so that it can be `cut` to it.
+
+        Only the recurrent part is copied, into main memory: a fixed size for any length.
+        """
+        state = (ctypes.c_uint8 * self.sizes(sequence)[1])()
+        self._llama.llama_state_seq_get_data_ext(self.pointer, state, len(state), sequence, _STATE)
+        self._kept[sequence] = state
+
+    def sizes(self, sequence: int) -> tuple[int, int]:
+        """Bytes of all that a sequence holds, and of its recurrent state alone."""
+        whole, state = (self._llama.llama_state_seq_get_size_ext(self.pointer, sequence, part) for part in (0, _STATE))
+        return whole, state
 
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], outputs: Sequence[int]
@@ -100,6 +127,23 @@ class Context:
         """Free the memory."""
         self._llama.llama_free(self.pointer)
         self.pointer = None
+
+
+def memory_bytes(model: Any) -> tuple[int, int]:
+    """Bytes in 16 bits that a context takes for each token, and for each sequence beside them.
+
+    What a recurrent state takes is read off one token's; it is there twice, as `keep` copies it.
+    Raises RuntimeError: llama.cpp can't compute with the model.
+    """
+    if not has_state(model):
+        return cache_bytes(model), 0
+    context = Context(model, 1, 1)
+    try:
+        context.decode([0], [0], [0], [])
+        whole, state = context.sizes(0)
+    finally:
+        context.close()
+    return whole - state, 2 * state
 
 
 def _tensor_type(name: str) -> int:

@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 from tract_lite.data.files import fingerprint
-from tract_lite.engines.context import Context
-from tract_lite.engines.llama_cpp import (
-    cache_bytes,
-    check_generates,
-    load_adapter,
-    load_model,
-    quiet_llama,
-    spec_at,
-    spec_of,
-)
+from tract_lite.engines.context import Context, memory_bytes
+from tract_lite.engines.llama_cpp import check_generates, load_adapter, load_model, quiet_llama, spec_at, spec_of
 from tract_lite.engines.sampler import jobs_of
 from tract_lite.engines.sequences import Slots
 from tract_lite.engines.task import Answers, Engine, Sample, Task
+from tract_lite.engines.trial import check_runs
+from tract_lite.engines.untrained import check_unasked, untrained_spec
 from tract_lite.rail import label_log_probabilities
+from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary
 
@@ -35,16 +30,17 @@ MAX_PARALLEL = 32
 WINDOW_PARALLEL = 2
 
 
-def default_parallel(context_length: int, token_bytes: int) -> int:
-    """As many sequences as keep to `CACHE_BYTES`, 1 to 32, where a token takes `token_bytes`."""
-    return max(1, min(MAX_PARALLEL, CACHE_BYTES // (context_length * token_bytes)))
+def default_parallel(context_length: int, token_bytes: int, sequence_bytes: int = 0) -> int:
+    """As many sequences as keep to `CACHE_BYTES`, 1 to 32; a token takes `token_bytes` of them."""
+    return max(1, min(MAX_PARALLEL, CACHE_BYTES // (context_length * token_bytes + sequence_bytes)))
 
 
 class LlamaEngine(Engine):
     """Answers tasks with a GGUF model, up to `parallel` samples at once.
 
     `spec`: a spec or the path of one; None for the one inside the file. `adapter`: a GGUF adapter
-    on top of the file, which brings the spec; see `use_adapter`.
+    on top of the file, which brings the spec; see `use_adapter`. `scale`, `template` and `chat` are
+    for a file without a spec: see `untrained_spec`.
 
     `context_length`: tokens that one sample may take, by default the spec's `max_length` within
     what the model was trained for; the memory holds `parallel` times as many. `parallel`: None for
@@ -52,8 +48,9 @@ class LlamaEngine(Engine):
     all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: as in `Context`, such
     as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's own
     order.
-    Raises ValueError: not a usable GGUF file, a recurrent or hybrid model, no judge spec, the spec
-        of another vocabulary, or `repack` on a processor with AMX.
+    A file that was not exported as a judge is tried first, see `check_runs`.
+    Raises ValueError: not a usable GGUF file, no judge spec, the spec of another vocabulary, or
+        `repack` on a processor with AMX.
     Raises RuntimeError: llama.cpp can't hold that much.
     """
 
@@ -67,6 +64,9 @@ class LlamaEngine(Engine):
         spec: SpecSource | None = None,
         *,
         adapter: str | Path | None = None,
+        scale: ScoreScale | None = None,
+        template: str | None = None,
+        chat: str | None = None,
         parallel: int | None = None,
         threads: int | None = None,
         gpu_layers: int = -1,
@@ -77,16 +77,22 @@ class LlamaEngine(Engine):
     ):
         self._slots: Slots | None = None
         self._llama = llama = quiet_llama()
+        check_runs(path, gpu_layers)
         self._model = load_model(path, n_gpu_layers=gpu_layers, use_extra_bufts=repack)
         check_generates(self._model)
         self.vocabulary = GGUFVocabulary(self._model)
         self._adapters: dict[Path, tuple[Any, JudgeSpec | None]] = {}
         self.identity = {"fingerprint": fingerprint(path), "adapter": fingerprint(adapter) if adapter else None}
         pointer, found = self._adapter(adapter) if adapter else (None, spec_of(self._model))
+        asked: dict[str, Any] = {"scale": scale, "template": template, "chat": chat}
+        if spec or found or adapter:
+            check_unasked(adapter or path, **asked)
+        else:
+            spec = untrained_spec(self._model, path, **asked)
         self.spec = self._checked(spec, found, adapter or path)
         self.context_length = context_length or min(self.spec.max_length, llama.llama_model_n_ctx_train(self._model))
         if parallel is None:
-            parallel = default_parallel(self.context_length, cache_bytes(self._model))
+            parallel = default_parallel(self.context_length, *memory_bytes(self._model))
         options: dict[str, Any] = {"flash_attention": flash_attention, "cache_type": cache_type}
         self._context = Context(self._model, parallel, self.context_length, threads=threads, **options)
         self._context.use_adapter(pointer)
@@ -167,7 +173,7 @@ class LlamaEngine(Engine):
                 yield index, error
                 continue
             for job in jobs:
-                while not slots.take(job, job.ids):
+                while not slots.take(job, job.ids, len(job.prompt) - 1):
                     yield from self._step(slots)
         while slots.busy:
             slots.close_gap()

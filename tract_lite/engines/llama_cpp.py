@@ -13,7 +13,9 @@ from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
 
 SPEC_KEY = "tract_lite.judge_spec"
+TYPE_KEY = "general.type"
 _GGML_ERROR = 4
+_GGUF_TEXT = 8
 
 logger = logging.getLogger(__name__)
 # What llama.cpp calls for as long as the process lives.
@@ -54,11 +56,16 @@ def has_amx() -> bool:
     return "AMX_INT8 = 1" in system_info()
 
 
-def check_gguf(path: str | Path) -> None:
-    """Raises ValueError for a file that does not begin as a GGUF file does."""
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
     with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+        return file.read(4) == b"GGUF"
+
+
+def check_gguf(path: str | Path) -> None:
+    """Raises ValueError for what does not begin as a GGUF file does."""
+    if not is_gguf(path):
+        raise ValueError(f"{path} is not a GGUF file")
 
 
 def load_model(path: str | Path, **params: Any) -> Any:
@@ -86,37 +93,52 @@ def load_model(path: str | Path, **params: Any) -> Any:
 def check_generates(model: Any) -> None:
     """Raises ValueError: the engine can't write with such a model; its vocabulary is enough."""
     llama = quiet_llama()
-    if llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model):
-        fault = "this is a recurrent or hybrid model, which llama.cpp can't set back to a prompt"
-    elif llama.llama_model_has_encoder(model) or llama.llama_model_is_diffusion(model):
-        fault = "this model does not write from left to right"
-    else:
-        return
-    raise ValueError(f"{fault}\ntake a seed model with attention alone, such as a Llama, Mistral, Qwen or Phi")
+    if llama.llama_model_has_encoder(model) or llama.llama_model_is_diffusion(model):
+        advice = "take one that does, such as a Llama, Mistral, Qwen or Phi"
+        raise ValueError(f"this model does not write from left to right\n{advice}")
+
+
+def has_state(model: Any) -> bool:
+    """Whether a model has a recurrent state, alone or beside attention: it can't forget a tail."""
+    llama = quiet_llama()
+    return llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model)
 
 
 def cache_bytes(model: Any) -> int:
-    """Bytes that one token takes in a context's memory, in 16 bits."""
-    llama = quiet_llama()
-    head_size = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
-    return 2 * 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * head_size
+    """Bytes that one token takes in the memory of a model with attention alone, in 16 bits."""
+    llama, kind = quiet_llama(), metadata(model, "general.architecture")
+    usual = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
+    widths = [metadata(model, f"{kind}.attention.{part}_length") for part in ("key", "value")]
+    values = llama.llama_model_n_head_kv(model) * sum(int(width or usual) for width in widths)
+    return 2 * llama.llama_model_n_layer(model) * values
+
+
+def metadata(loaded: Any, key: str, kind: str = "model") -> str | None:
+    """A value, as text, in the file of a loaded "model" or "adapter" (a pointer of llama.cpp)."""
+    get_value, name = getattr(quiet_llama(), f"llama_{kind}_meta_val_str"), key.encode()
+    length = get_value(loaded, name, None, 0)
+    if length < 0:
+        return None
+    buffer = ctypes.create_string_buffer(length + 1)
+    get_value(loaded, name, buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace")
 
 
 def spec_of(loaded: Any, kind: str = "model") -> JudgeSpec | None:
     """The judge's spec inside a loaded "model" or "adapter" (a pointer of llama.cpp)."""
-    get_value, key = getattr(quiet_llama(), f"llama_{kind}_meta_val_str"), SPEC_KEY.encode()
-    length = get_value(loaded, key, None, 0)
-    if length < 0:
-        return None
-    buffer = ctypes.create_string_buffer(length + 1)
-    get_value(loaded, key, buffer, len(buffer))
-    return JudgeSpec.from_json(buffer.value.decode("utf-8"))
+    text = metadata(loaded, SPEC_KEY, kind)
+    return JudgeSpec.from_json(text) if text else None
 
 
 def read_spec(path: str | Path) -> JudgeSpec | None:
-    """The judge's spec inside a GGUF file; None where it holds none.
+    """The judge's spec inside a GGUF file, of a model or an adapter; None where it holds none.
     Raises ValueError: not a GGUF file that llama.cpp can read, or a spec of another vocabulary.
     """
+    check_gguf(path)
+    if _file_value(path, TYPE_KEY) == "adapter":
+        # It has no vocabulary; that of its base is looked at when both are loaded.
+        text = _file_value(path, SPEC_KEY)
+        return JudgeSpec.from_json(text) if text else None
     model = load_model(path, vocab_only=True)
     try:
         if spec := spec_of(model):
@@ -131,7 +153,47 @@ def spec_at(path: str | Path) -> JudgeSpec | None:
     path = Path(path)
     if path.is_dir():
         return JudgeSpec.load(path) if (path / SPEC_FILE).is_file() else None
-    return JudgeSpec.load(path) if path.suffix == ".json" else read_spec(path)
+    return read_spec(path) if path.is_file() and is_gguf(path) else JudgeSpec.load(path)
+
+
+def _file_value(path: str | Path, key: str) -> str | None:
+    """A text in the metadata of a GGUF file, of which nothing else is read."""
+    library = _gguf_library()
+    opened = library.gguf_init_from_file(os.fsencode(path), _ReadOptions(no_alloc=True))
+    if not opened:
+        return None
+    try:
+        number = library.gguf_find_key(opened, key.encode())
+        is_text = number >= 0 and library.gguf_get_kv_type(opened, number) == _GGUF_TEXT
+        return library.gguf_get_val_str(opened, number).decode("utf-8", "replace") if is_text else None
+    finally:
+        library.gguf_free(opened)
+
+
+class _ReadOptions(ctypes.Structure):
+    """`gguf_init_params` of ggml."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+@cache
+def _gguf_library() -> ctypes.CDLL:
+    """The functions of ggml that read a GGUF file, which llama-cpp-python does not declare."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    llama = quiet_llama()
+    library = load_shared_library("ggml-base", Path(str(llama.__file__)).parent / "lib")
+    opened, number, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+    for name, result, arguments in (
+        ("init_from_file", opened, [text, _ReadOptions]),
+        ("find_key", number, [opened, text]),
+        ("get_kv_type", ctypes.c_int, [opened, number]),
+        ("get_val_str", text, [opened, number]),
+        ("free", None, [opened]),
+    ):
+        function = getattr(library, f"gguf_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 def load_adapter(model: Any, path: str | Path) -> tuple[Any, JudgeSpec | None]:

@@ -3,6 +3,9 @@
 A slot's work is always the same: decode those of its ids that are not there yet. A prompt starts
 from the slot that holds most of it, so that the samples of an item, and items under one rubric,
 share what was read before.
+
+A recurrent state holds all of its ids or none. There a slot stops where its prompt forks into
+samples, and the context keeps that state: the slot and its copies can be set back to it.
 """
 
 from dataclasses import dataclass, field
@@ -21,17 +24,20 @@ MAX_BESIDE = 16
 class Slot:
     """A sequence of llama.cpp's memory, which holds the first `filled` of `ids`.
 
-    It is free where it has no `job`; what it holds can then still be shared.
+    It is free where it has no `job`; what it holds can then still be shared. `fork`: after how many
+    ids its state is kept, 0 for none.
     """
 
     number: int
     ids: list[int] = field(default_factory=list)
     filled: int = 0
     job: Any = None
+    fork: int = 0
 
     @property
     def missing(self) -> int:
-        return len(self.ids) - self.filled
+        """How many ids are to be read until all are there, or the state is to be kept."""
+        return (self.fork if self.filled < self.fork else len(self.ids)) - self.filled
 
 
 class Slots:
@@ -46,15 +52,16 @@ class Slots:
     def busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.job]
 
-    def take(self, job: Any, ids: Sequence[int]) -> Slot | None:
+    def take(self, job: Any, ids: Sequence[int], fork: int) -> Slot | None:
         """A slot for a job and its first ids, filled with as much of them as any slot holds.
 
+        `fork`: with how many of them the other samples of the job's task begin as well.
         None where no slot is free, or what could be shared is still being read.
         """
         free = [slot for slot in self._slots if not slot.job]
         if not free:
             return None
-        shared = [_shared(slot.ids, ids) for slot in self._slots]
+        shared = [self._shared(slot, ids) for slot in self._slots]
         slot = max(free, key=lambda slot: shared[slot.number])
         source = max(self._slots, key=lambda slot: shared[slot.number])
         if shared[source.number] >= shared[slot.number] + MIN_SHARED:
@@ -63,13 +70,23 @@ class Slots:
             self._copy(source, slot)
         slot.job = job
         self.hold(slot, ids)
+        if slot.filled < fork and not self._context.forgets:
+            slot.fork = fork
         return slot
 
     def hold(self, slot: Slot, ids: Sequence[int]) -> None:
         """Make a slot hold these ids, of which what is there is kept, but for the last's logits."""
-        held, slot.ids = slot.ids[: slot.filled], list(ids)
-        slot.filled = min(_shared(held, slot.ids), len(slot.ids) - 1)
+        slot.ids = slot.ids[: slot.filled]
+        length = min(self._shared(slot, ids), len(ids) - 1)
+        slot.ids, slot.filled, slot.fork = list(ids), length, slot.fork if slot.fork <= length else 0
         self._context.cut(slot.number, slot.filled)
+
+    def _shared(self, slot: Slot, ids: Sequence[int]) -> int:
+        """How many of these ids a slot holds or is to hold, and can be set back to."""
+        common = _common(slot.ids, ids)
+        if self._context.forgets:
+            return common
+        return max((n for n in (slot.filled, slot.fork) if n <= common and n < len(ids)), default=0)
 
     def close_gap(self) -> None:
         """Move the last busy slot into a gap: llama.cpp decodes only neighbours together."""
@@ -83,15 +100,19 @@ class Slots:
         """Run one batch; returns the slots that now hold all their ids, with their logits' row."""
         tokens, sequences, ready = [], [], []
         positions: list[int] = []
-        for slot, count in self._next_batch():
+        batch = self._next_batch()
+        for slot, count in batch:
             end = slot.filled + count
             tokens += slot.ids[slot.filled : end]
             positions += range(slot.filled, end)
             sequences += [slot.number] * count
             slot.filled = end
-            if not slot.missing:
+            if slot.filled == len(slot.ids):
                 ready.append((slot, len(tokens) - 1))
         self._context.decode(tokens, positions, sequences, [row for _, row in ready])
+        for slot, _ in batch:
+            if slot.filled == slot.fork:
+                self._context.keep(slot.number)
         return ready
 
     def _next_batch(self) -> list[tuple[Slot, int]]:
@@ -114,9 +135,9 @@ class Slots:
 
     def _copy(self, source: Slot, target: Slot) -> None:
         self._context.copy(source.number, target.number)
-        target.ids, target.filled = list(source.ids), source.filled
+        target.ids, target.filled, target.fork = list(source.ids), source.filled, source.fork
 
 
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+def _common(ids: Sequence[int], others: Sequence[int]) -> int:
     """The length of the common prefix."""
     return [*map(eq, ids, others), False].index(False)

@@ -2,11 +2,9 @@
 
 import ctypes
 import json
-import logging
 import os
 import re
 import runpy
-import subprocess
 import sys
 import tarfile
 import threading
@@ -17,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Sequence
 
 from tract_lite.data.files import cache_folder
+from tract_lite.engines.child import run_python
 from tract_lite.engines.llama_cpp import SPEC_KEY, complaints, load_model, quiet_llama
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import GGUFVocabulary
@@ -27,9 +26,6 @@ NEED_MATRIX = "iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_xs q2_k_s".spl
 _NOT_MADE = ("nvfp4",)
 _USUAL = "q4_k_m, q5_k_m, q6_k, q8_0, f16, bf16 or f32"
 _NEEDED = re.compile(r"[^/]+/vendor/llama\.cpp/(convert_\w+\.py|conversion/.+|gguf-py/.+)")
-
-
-logger = logging.getLogger(__name__)
 
 
 def llama_cpp_source() -> Path:
@@ -67,8 +63,11 @@ def run_converter() -> None:
     """Run the script of llama.cpp that this process's first argument names, on the others.
 
     The spec on standard input is written with the other metadata, so the file is written once.
+    Layers that predict further tokens are left out: a judge has no use for them, and many seed
+    models come without.
     """
     import gguf
+    from conversion.base import ModelBase
 
     spec = sys.stdin.buffer.read().decode("utf-8")
 
@@ -79,6 +78,7 @@ def run_converter() -> None:
                 self.add_string(SPEC_KEY, spec)
 
     gguf.GGUFWriter = Writer
+    ModelBase.no_mtp = True
     parent = os.getppid()
 
     def end_with_parent() -> None:
@@ -144,25 +144,6 @@ def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec:
         known = f"is this model known to llama-cpp-python {quiet_llama().__version__}? if not, upgrade it"
         advice = f"{known}, or choose another seed model"
         raise RuntimeError(f"llama.cpp's converter failed on {folder.name}: {fault}\n{advice}")
-
-
-def run_python(arguments: Sequence[str], *paths: Path, **options: Any) -> str:
-    """Run Python, with `paths` and this package to import from; `options` are subprocess.run's.
-
-    Nothing comes back after success, else the last line that it wrote; the log has more.
-    """
-    found = (*paths, Path(__file__).parents[2], os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, found)), "GGML_NO_BACKTRACE": "1"}
-    # Paths and messages may hold letters that the user's locale lacks.
-    environment |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, **options)
-    if not done.returncode:
-        return ""
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    logger.info("%s", "\n".join(lines[-15:]))
-    last = lines[-1].strip() if lines else "no reason given"
-    return f"{last} (ended by signal {-done.returncode})" if done.returncode < 0 else last
 
 
 def _fetch_source(release: str, folder: Path) -> None:
