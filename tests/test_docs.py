@@ -16,6 +16,7 @@ from typing import Any, Iterator, NamedTuple
 import example
 import pytest
 import servers
+from tiny import export_judge, make_llama, vocabulary_folder
 
 from tract_lite import JudgeSpec, __main__ as command_line, parse_options, preset_for
 from tract_lite.data.jsonl import read_json
@@ -74,6 +75,8 @@ def clone(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     # The pages speak of the demo's; a quick run leaves the same files.
     shutil.copytree(quick_run, folder / "runs" / "demo")
+    make_llama(folder / "instruct", vocabulary_folder("split digits"), context=600)
+    export_judge("split digits", folder / "instruct", folder / "qwen2.5-7b-instruct-q4_k_m.gguf")
     held_out = folder / "runs" / "demo" / "held_out.jsonl"
     held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT_ITEMS]))
     write_own_files(folder)

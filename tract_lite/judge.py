@@ -43,8 +43,11 @@ class Judge:
     ) -> "Judge":
         """A judge from a GGUF file, run by llama.cpp; `options` are those of `LlamaEngine`.
 
-        With `adapter` (by `export_adapter`), the file is its seed model: see `use_adapter`.
-        Raises ValueError: not a GGUF file, no judge spec, or an adapter of another seed model.
+        A file of any instruct model will do: without a judge spec inside it is an untrained judge,
+        asked in its own chat format, on `scale` (1 to 5) and by `template`. With `adapter` (by
+        `export_adapter`), the file is its seed model: see `use_adapter`.
+        Raises ValueError: not a GGUF file, one without a chat template (`chat` gives one), labels
+            that are not single tokens, or an adapter of another seed model.
         """
         from tract_lite.engines.llama import LlamaEngine
 

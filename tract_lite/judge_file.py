@@ -17,6 +17,8 @@ from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.options import JudgeOptions, flag_of
 from tract_lite.record import Record
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import read_template, read_template_text
 from tract_lite.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ def _read(model: str, source: str, options: JudgeOptions) -> Table:
         from tract_lite.engines.llama_cpp import spec_at
 
         spec = spec_at(options.spec or model)
-    scale = spec.scale if spec else None
+    scale = spec.scale if spec else _asked(options).get("scale")
     return read_table(source, scale=scale, gold_needed=False, **how_to_read(options))
 
 
@@ -144,6 +146,11 @@ def _check(model: str, options: JudgeOptions) -> None:
         raise ValueError(f"{model} is a folder, and MODEL is a GGUF file: {hint}")
     if not _is_server(model) and not Path(model).is_file():
         raise FileNotFoundError(f"no file {model}: MODEL is a GGUF file or a server's URL")
+    if not _is_server(model):
+        from tract_lite.engines.trial import check_runs
+
+        # Before anything of it is read in this process.
+        check_runs(model, -1 if options.gpu_layers is None else options.gpu_layers)
 
 
 def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
@@ -153,8 +160,21 @@ def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
     given = {name: value for name, value in chosen.items() if value is not None}
     if _is_server(model):
         name = given.pop("server_model", None)
-        return Judge.from_server(model, name, options.spec, api_key=os.environ.get(API_KEY), **given)
-    return Judge.from_gguf(model, options.spec, **given)
+        given["api_key"] = os.environ.get(API_KEY)
+        return Judge.from_server(model, name, options.spec, **_asked(options), **given)
+    return Judge.from_gguf(model, options.spec, **_asked(options), **given)
+
+
+def _asked(options: JudgeOptions) -> dict[str, Any]:
+    """How a model without a judge spec is asked. Raises ValueError: a scale or a file is none."""
+    asked: dict[str, Any] = {}
+    if options.scale:
+        asked["scale"] = ScoreScale.parse(options.scale)
+    if options.template:
+        asked["template"] = read_template(options.template)
+    if options.chat:
+        asked["chat"] = read_template_text(options.chat)
+    return asked
 
 
 def _is_server(model: str) -> bool:

@@ -10,6 +10,7 @@ Chosen = TypeVar("Chosen")
 
 GROUPS = {
     "data": "the rows",
+    "untrained": "a model without a judge spec",
     "file": "a GGUF file",
     "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)",
 }
@@ -83,6 +84,9 @@ class JudgeOptions(DataOptions):
     seed: int = option(0, "seed of the sampling")
     parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
     spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
+    scale: str | None = option(None, "lowest and highest score (1-5), or label=value pairs", group="untrained")
+    template: str | None = option(None, "file of the prompt's Jinja template", group="untrained", metavar="FILE")
+    chat: str | None = option(None, "file of a chat template (the model's own)", group="untrained", metavar="FILE")
     adapter: str | None = option(None, "a judge's adapter (GGUF) on top of MODEL", group="file")
     threads: int | None = option(None, "CPU threads (one per CPU)", group="file", least=1)
     gpu_layers: int | None = option(None, "layers on the GPU (all)", group="file")

@@ -15,7 +15,7 @@ from tract_lite.data.places import content_of
 from tract_lite.data.records import how_to_read
 from tract_lite.options import DataOptions, add_flags, option, options_from
 from tract_lite.scale import ScoreScale
-from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
+from tract_lite.spec import DEFAULT_TEMPLATE, Sampling, read_template
 from tract_lite.training.settings import PRECISIONS, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -209,24 +209,3 @@ def settings_of(options: RunOptions) -> dict[str, Any]:
     if preset.template:
         read_template(preset.template)
     return settings
-
-
-def read_template(path: str) -> str:
-    """A prompt's template.
-    Raises ValueError: no such file, no Jinja in UTF-8, or it does not ask for the response.
-    """
-    from jinja2 import TemplateSyntaxError, meta
-    from jinja2.sandbox import SandboxedEnvironment
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        asked = meta.find_undeclared_variables(SandboxedEnvironment().parse(text))
-    except OSError as error:
-        raise ValueError(f"the template {path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the template {path} is not in UTF-8 ({error.reason}): save it so") from error
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the template {path}, line {error.lineno}: {error.message}") from error
-    if "response" not in asked:
-        raise ValueError(f"the template {path} never asks for {{{{ response }}}}, the text to judge")
-    return text

@@ -17,6 +17,8 @@ from tract_lite.engines.http import Connection, Unavailable
 from tract_lite.engines.llama_cpp import load_model, quiet_llama, spec_at
 from tract_lite.engines.protocols import VLLM, LlamaServer, ServerProtocol
 from tract_lite.engines.task import Answers, Engine, Sample, Task, room_for
+from tract_lite.engines.untrained import check_unasked, untrained_spec_at
+from tract_lite.scale import ScoreScale
 from tract_lite.spec import SPEC_FILE, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
 
@@ -36,7 +38,8 @@ class ServerEngine(Engine):
     runs if that lies on this machine. `vocabulary` (a path, or one that is loaded) is read from the
     same place unless given; llama-server's own can be used over HTTP. `timeout`: seconds that an
     answer may take. `retries`: how often a request is sent again when the server is busy or away.
-    `back_off`: see `http.Connection`.
+    `back_off`: see `http.Connection`. `scale`, `template` and `chat` are for a GGUF file without a
+    spec: see `untrained_spec`.
     Raises ValueError: no spec, no vocabulary, or those of another judge; no such model.
     Raises RuntimeError: nothing answers at `url`, or it is neither llama-server nor vLLM.
     """
@@ -53,6 +56,9 @@ class ServerEngine(Engine):
         back_off: float = 0.5,
         api_key: str | None = None,
         vocabulary: Vocabulary | str | Path | None = None,
+        scale: ScoreScale | None = None,
+        template: str | None = None,
+        chat: str | None = None,
     ):
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
@@ -61,7 +67,12 @@ class ServerEngine(Engine):
         try:
             protocol, name, path, length = _find(self._http, model)
             near = [spec if isinstance(spec, (str, Path)) else None, model, path]
+            asked: dict[str, Any] = {"scale": scale, "template": template, "chat": chat}
             self.spec = _chosen(spec, near, spec_at)
+            if self.spec is not None:
+                check_unasked(self._http, **asked)
+            else:
+                self.spec = _chosen(spec, near, lambda place: untrained_spec_at(place, **asked))
             if self.spec is None:
                 where = f"comes with {self._http}" if spec is None else f"is found at {spec}"
                 raise ValueError(f"no judge spec {where}: give spec=, a {SPEC_FILE}, the judge's folder or its GGUF")
