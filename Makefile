@@ -9,7 +9,7 @@ else
 REQUIREMENTS := -r requirements-gpu.txt -r requirements-test.txt
 endif
 
-.PHONY: install check test test-all demo clean
+.PHONY: install check test test-all test-unsloth demo clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ test: install
 # What `make test` leaves out: builds, real servers, other environments. No skip passes.
 test-all: install
 	REQUIRE_ALL=1 $(PYTEST) -m long -rs
+
+# Of those, Unsloth's path on the processor, in an environment that the test makes.
+test-unsloth: install
+	REQUIRE_ALL=1 $(PYTEST) tests/test_unsloth.py
 
 demo: install
 	.venv/bin/python recipes/two_stage.py --preset demo

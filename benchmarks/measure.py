@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -84,23 +85,37 @@ def interleaved_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def in_child(script: str | Path, job: Mapping[str, Any], folder: Path | None = None) -> dict:
-    """What `script --child JOB` answers from a process of its own; {"error": why} if it fails."""
+def in_child(
+    script: str | Path, job: Mapping[str, Any], folder: Path | None = None, limit: float | None = None
+) -> dict:
+    """What `script --child JOB` answers from a process of its own; {"error": why} if it fails.
+
+    After `limit` seconds it is killed, with all that it has started.
+    """
     # Everything is made on the spot, so no library needs to ask a server for anything.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, str(Path(script).resolve()), "--child", json.dumps(job)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
         env=environment,
+        start_new_session=True,
     )
-    for line in reversed(done.stdout.splitlines()):
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.3g} seconds"}
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for line in reversed(output.splitlines()):
         if line.startswith(RESULT):
             return json.loads(line.removeprefix(RESULT))
-    if done.returncode < 0:
-        return {"error": f"killed by signal {-done.returncode} (9: out of memory)"}
-    return {"error": f"ended with exit code {done.returncode} and no answer"}
+    if process.returncode < 0:
+        return {"error": f"killed by signal {-process.returncode} (9: out of memory)"}
+    return {"error": f"ended with exit code {process.returncode} and no answer"}
 
 
 def answer(function: Callable[..., dict], job: str) -> None:

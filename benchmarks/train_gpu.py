@@ -29,7 +29,14 @@ from measure import GB, in_child, ratio, table
 
 from tract_lite.loss import cot_raft_loss
 from tract_lite.training.precision import pick_dtype
-from tract_lite.training.seed_model import add_lora, for_training, hidden_states, lm_head_weight, load_seed
+from tract_lite.training.seed_model import (
+    add_lora,
+    for_training,
+    head_options,
+    hidden_states,
+    lm_head_weight,
+    load_seed,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -77,11 +84,14 @@ RANK = 8
 WARM_UP_STEPS = 2
 
 
-def write_checkpoint(model: str, folder: str) -> dict[str, Any]:
-    """Write a random NF4 checkpoint and a tokenizer of bytes, unless the folder has them."""
+def write_checkpoint(model: str, folder: str, **changes: Any) -> dict[str, Any]:
+    """Write a random NF4 checkpoint and a tokenizer of bytes, unless the folder has them.
+
+    `changes`: what of the shape's config is otherwise.
+    """
     if not (Path(folder) / INDEX).exists():
         dtype, _ = pick_dtype()
-        skeleton = make_skeleton(model, dtype)
+        skeleton = make_skeleton(model, dtype, **changes)
         skeleton.config.save_pretrained(folder)
         _write_tokenizer(folder)
         _write_weights(skeleton, dtype, Path(folder))
@@ -91,12 +101,12 @@ def write_checkpoint(model: str, folder: str) -> dict[str, Any]:
     return {"gpu": f"{torch.cuda.get_device_name()}, {size / GB:.1f} GB", "gpu_bytes": size}
 
 
-def make_skeleton(model: str, dtype: torch.dtype) -> Any:
+def make_skeleton(model: str, dtype: torch.dtype, **changes: Any) -> Any:
     """The model without weights, its config that of an NF4 checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     config = AutoConfig.for_model(
-        **SHAPES[model],
+        **{**SHAPES[model], **changes},
         tie_word_embeddings=False,
         **{f"{name}_token_id": number for number, name in enumerate(SPECIAL_TOKENS)},
     )
@@ -170,9 +180,17 @@ def _write_tokenizer(folder: str) -> None:
 
 
 def train(
-    variant: str, folder: str, tokens: int, supervised: int, steps: int, cap_gb: float | None = None
+    variant: str,
+    folder: str,
+    tokens: int,
+    supervised: int,
+    steps: int,
+    cap_gb: float | None = None,
+    checkpointing: bool = True,
 ) -> dict[str, float]:
     """Load, attach an adapter, train some steps on one sequence; memory in bytes.
+
+    `first`: the seconds of the first step, with all that is compiled in it.
 
     Raises:
         RuntimeError: more memory than `cap_gb` was reserved although torch was told not to.
@@ -183,7 +201,7 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "unsloth" if variant == "unsloth" else "transformers"
     model, _ = load_seed(folder, max_seq_length=tokens, backend=backend)
-    model = add_lora(model, rank=RANK)
+    model = add_lora(model, rank=RANK, gradient_checkpointing=checkpointing)
     for_training(model)
     step = _make_step(model, variant, tokens, supervised, device)
     loaded = measure.memory_in_use(device)
@@ -197,6 +215,7 @@ def train(
         raise RuntimeError(f"{torch.cuda.max_memory_reserved() / GB:.1f} GB were reserved")
     return {
         "seconds": statistics.median(seconds[WARM_UP_STEPS:]),
+        "first": seconds[0],
         "loss": losses[0],
         "loaded": loaded,
         "peak": measure.peak_memory(device),
@@ -206,7 +225,7 @@ def train(
 def _make_step(model: Any, variant: str, tokens: int, supervised: int, device: str) -> Callable[[], float]:
     """One optimiser step in the precision of the hardware, as in training; it returns the loss."""
     dtype, _ = pick_dtype()
-    head = lm_head_weight(model)
+    head, options = lm_head_weight(model), head_options(model)
     torch.manual_seed(0)
     ids = torch.randint(3, len(head), (1, tokens)).to(device)
     mask = torch.ones_like(ids)
@@ -224,7 +243,7 @@ def _make_step(model: Any, variant: str, tokens: int, supervised: int, device: s
         if variant == "plain":
             loss = plain_loss(logits.float(), **example)
         else:
-            loss = cot_raft_loss(hidden, head, **example).loss
+            loss = cot_raft_loss(hidden, head, **example, **options).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -10,6 +10,7 @@ them train; the first one does the rest. Source: TRACT, section 3.
 
 import importlib.util
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ if importlib.util.find_spec("unsloth") and importlib.util.find_spec("torch"):
     import torch
 
     if torch.cuda.is_available():
-        # Unsloth patches transformers, so it comes first.
+        # Unsloth patches transformers, so it comes first; its fused forward would leave models such
+        # as Phi without the hidden states that our loss needs.
+        os.environ["UNSLOTH_FUSED_FORWARD"] = "0"
         import unsloth  # noqa: F401
 
 from prepare import prepare
@@ -116,7 +119,7 @@ def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> N
 def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Sequence[Record]) -> list[Path]:
     """The adapter alone, then the merged judge in each type; checked on some held-out items."""
     seed_model = preset.seed_model
-    if not Path(seed_model).is_dir():
+    if preset.base == "4bit" and not Path(seed_model).is_dir():
         # Of a hub id, Unsloth may have trained its own 4-bit copy.
         seed_model = JudgeSpec.load(adapter).base_model
     if not (run / "adapter.gguf").exists():

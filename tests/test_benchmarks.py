@@ -233,6 +233,84 @@ def test_a_child_answers_or_says_why_it_does_not(measure, tmp_path, body, why):
     assert measure.in_child(script, {}) == why
 
 
+def test_a_child_that_takes_too_long_is_ended(measure, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import time; time.sleep(600)")
+    assert measure.in_child(script, {}, limit=0.6) == {"error": "not done after 0.6 seconds"}
+
+
+@whole
+def test_every_check_of_a_gpu_is_done_or_says_what_broke():
+    output = run("gpu_check.py", "--smallest", gpu=False)
+    (rows,) = read_tables(output)
+    broke = output.partition("What broke:\n")[2].splitlines()
+    assert len(rows) == 15
+    for name, (state, figures) in rows.items():
+        works = name.endswith("transformers") and "float16" not in name
+        assert state == ("ok" if works else "broke"), name
+        assert bool(figures) == works and any(line.startswith(f"{name}: ") for line in broke) != works, name
+    assert all(line.partition("Error: ")[2] for line in broke)
+
+
+@pytest.fixture(scope="module")
+def tiny_seed(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    with pytest.MonkeyPatch.context() as patches:
+        patches.syspath_prepend(str(BENCHMARKS))
+        importlib.import_module("train_gpu").write_checkpoint("tiny", folder, model_type="qwen3", head_dim=16)
+    return folder
+
+
+def test_a_stage_and_judging_are_checked_on_a_seed_model_as_the_gpu_would(load, tiny_seed):
+    gpu_check = load("gpu_check")
+    found = gpu_check.stage("transformers", tiny_seed)
+    assert 0 < found["loss"] != found["last loss"] > 0
+    assert gpu_check.judge_padded("transformers", tiny_seed)["difference of scores"] < 1e-3
+    assert gpu_check.write_reasonings("transformers", tiny_seed, 2, 4)["tokens/s"] > 0
+
+
+def test_a_padded_text_with_another_score_is_found(load, tiny_seed, monkeypatch):
+    engine, gpu_check = importlib.import_module("tract_lite.engines.transformers"), load("gpu_check")
+    pad_left = engine.TransformersEngine._pad_left
+
+    def unmasked(self, jobs):
+        ids, mask = pad_left(self, jobs)
+        return ids, torch.ones_like(mask)
+
+    # In float32, and of weights as small as these.
+    monkeypatch.setattr(gpu_check, "SCORE_TOLERANCE", 1e-5)
+    gpu_check.judge_padded("transformers", tiny_seed)
+    monkeypatch.setattr(engine.TransformersEngine, "_pad_left", unmasked)
+    with pytest.raises(RuntimeError, match="alone, .* beside a longer text"):
+        gpu_check.judge_padded("transformers", tiny_seed)
+
+
+def test_checks_go_on_under_more_memory_until_their_time_is_over(load, monkeypatch, tmp_path, capsys):
+    gpu_check, asked = load("gpu_check"), []
+    answers = {15: {"error": "OutOfMemoryError: CUDA out of memory"}, 24: {"loss": 2.0, "tokens/s": 30.0}}
+
+    def in_child(_, job, folder, limit):
+        asked.append((job.get("cap_gb"), limit))
+        return dict(answers.get(job.get("cap_gb"), {"loss": 1.0, "tokens/s": 10.0}))
+
+    monkeypatch.setattr(gpu_check, "in_child", in_child)
+    checks, job = gpu_check.Checks(tmp_path), {"job": "train", "folder": "large"}
+    plain, ours = gpu_check.Check("plain", job), gpu_check.Check("ours", job, "plain", caps=(15, 24, 40))
+    for check in (plain, ours):
+        checks.run(check)
+    checks.compare(ours)
+    assert [cap for cap, _ in asked] == [None, 15, 24]
+    assert checks.found["ours"]["fits GB"] == 24 and checks.found["ours"]["x speed"] == 3
+    assert checks.found["ours"]["error"] == "the loss is 2.0000, and 1.0000 in 'plain'"
+    checks.end = time.monotonic() + 60
+    checks.run(plain)
+    assert asked[-1][1] <= 60
+    checks.end = time.monotonic() + 1
+    checks.run(plain)
+    assert checks.found["plain"] == {"error": "not run: no time left"} and len(asked) == 4
+    assert "ours: loss 2, tokens/s 30, fits GB 24" in capsys.readouterr().out
+
+
 @whole
 @on_linux
 def test_both_ways_of_the_export_have_their_times_and_memory():

@@ -251,13 +251,22 @@ def test_a_seed_of_another_name_is_known_by_the_content_that_its_training_kept(s
         merge_adapter(other, adapter, tmp_path / "other")
 
 
-@pytest.mark.parametrize("base", ["/long/gone/elsewhere", "nobody/elsewhere", "nobody/elsewhere-bnb-4bit"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        "/long/gone/elsewhere",
+        "nobody/elsewhere-bnb-4bit",
+        "nobody/elsewhere-unsloth-bnb-4bit",
+        "nobody/Meta-Elsewhere",
+        "nobody/Elsewhere-hf",
+    ],
+)
 def test_a_seed_out_of_reach_is_known_by_its_name(seeds, adapters, tmp_path, monkeypatch, base):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     adapter = renamed(adapters["llama"], tmp_path / "adapter", base)
     with pytest.raises(ValueError, match="let its folder have that name"):
         merge_adapter(seeds["llama"], adapter, tmp_path / "merged")
-    for place in ("elsewhere", "hub/models--nobody--elsewhere/snapshots/0a1b2c"):
+    for place in ("Elsewhere", "hub/models--nobody--elsewhere/snapshots/0a1b2c"):
         moved = shutil.copytree(seeds["llama"], tmp_path / place)
         merge_adapter(moved, adapter, tmp_path / "merged")
 

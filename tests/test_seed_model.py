@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from stages import SCALE, make_records, small_seed_model, trained_weights
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite import estimate
 from tract_lite.judge import Judge
@@ -30,6 +31,7 @@ from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
 from tract_lite.training.precision import pick_dtype
 from tract_lite.training.seed_model import (
     HIDDEN_STATES_SWITCH,
+    IMPORT_SWITCHES,
     add_lora,
     compute_dtype,
     for_training,
@@ -39,6 +41,7 @@ from tract_lite.training.seed_model import (
     lm_head_weight,
     load_adapter,
     load_seed,
+    longest_sequence,
     open_seed_model,
 )
 from tract_lite.training.settings import TrainSettings
@@ -278,15 +281,20 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
 
 
 @pytest.mark.parametrize(
-    "family, softcap, scale",
+    "kind, softcap, scale",
     [("gemma2", 30.0, 1.0), ("granite", None, 0.125), ("cohere", None, 0.0625), ("phi", None, 1.0)],
 )
-def test_what_a_model_does_with_its_logits_is_known(seeds, family, softcap, scale, batch):
-    model, _ = load_seed(seeds[family], False, precision="float32")
+def test_what_a_model_does_with_its_logits_is_known(kind, softcap, scale, batch):
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    scaling = {"logits_scaling": 8.0} if kind == "granite" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **scaling)).eval()
     head = head_options(model)
     assert (head["softcap"], head["logit_scale"]) == (softcap, scale)
-    assert (head["head_bias"] is not None) == (family == "phi")
+    assert (head["head_bias"] is not None) == (kind == "phi")
     with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
         logits = linear(hidden_states(model, *batch), lm_head_weight(model), head["head_bias"]) * scale
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         torch.testing.assert_close(logits, full_logits(model, *batch), rtol=1e-5, atol=1e-5)
@@ -347,20 +355,33 @@ def test_a_model_of_transformers_is_one_also_where_unsloth_is_imported(small, ba
         torch.testing.assert_close(hidden_states(held, *batch), expected, rtol=0, atol=0)
 
 
+class Linear4bit(torch.nn.Linear):
+    """Has a name like that of bitsandbytes'."""
+
+
 class FastLanguageModel:
-    """Stands for Unsloth's: the models and adapters are plain ones, and every call is noted."""
+    """Stands for Unsloth's: the models and adapters are plain ones, and every call is noted.
+
+    Sequences are cut as there. What it may leave out: 4 bits, and hidden states in place of logits.
+    """
 
     calls: list[tuple[str, dict[str, Any]]] = []
+    quantises, switches = True, True
 
     @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> tuple[Any, Any]:
-        cls.calls.append(("from_pretrained", {"name": name, **options}))
+    def from_pretrained(cls, name: str, max_seq_length: int, load_in_4bit: bool, **options: Any) -> tuple[Any, Any]:
+        asked = {"max_seq_length": max_seq_length, "load_in_4bit": load_in_4bit, **options}
+        cls.calls.append(("from_pretrained", {"name": name, **asked}))
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        forward = model.forward
+        model.max_seq_length, forward = max_seq_length, model.forward
+        for layer in model.model.modules():
+            if load_in_4bit and cls.quantises and type(layer) is torch.nn.Linear:
+                layer.__class__ = Linear4bit
 
-        def with_switch(*inputs: Any, **named: Any) -> Any:
-            answer = forward(*inputs, **{**named, "output_hidden_states": True})
-            if os.environ.get(HIDDEN_STATES_SWITCH) == "1":
+        def with_switch(**named: Any) -> Any:
+            cut = {name: named[name][:, :max_seq_length] for name in ("input_ids", "attention_mask")}
+            answer = forward(**named | cut | {"output_hidden_states": True})
+            if cls.switches and os.environ.get(HIDDEN_STATES_SWITCH) == "1":
                 answer.logits = answer.hidden_states[-1]
             return answer
 
@@ -387,6 +408,8 @@ def unsloth(monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", module)
     monkeypatch.setattr(FastLanguageModel, "calls", [])
     monkeypatch.delenv(HIDDEN_STATES_SWITCH, raising=False)
+    for name in IMPORT_SWITCHES:
+        monkeypatch.setenv(name, "as it was")
     with monkeypatch.context() as card:
         pretend_card(card, "NVIDIA A100", (8, 0))
         yield FastLanguageModel.calls
@@ -416,10 +439,71 @@ def test_a_model_that_unsloth_has_loaded_is_asked_in_its_way(small, batch, unslo
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_hidden_states_that_can_not_be_had_leave_no_switch_behind(small, batch, unsloth):
-    model, _ = load_seed(small)
+    model, _ = load_seed(small, max_seq_length=512)
     with pytest.raises(IndexError):
         hidden_states(model, batch[0] + 10_000, batch[1])
     assert os.environ[HIDDEN_STATES_SWITCH] == "0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_model_that_does_not_know_unsloths_switch_is_asked_as_transformers_is(
+    small, batch, unsloth, one_process, monkeypatch
+):
+    monkeypatch.setattr(FastLanguageModel, "switches", False)
+    model, _ = load_seed(small, max_seq_length=300)
+    expected = model.model(*batch).last_hidden_state
+    adapted = add_lora(model)
+    for held in (adapted, model, DistributedDataParallel(adapted)):
+        for _ in range(2):
+            torch.testing.assert_close(hidden_states(held, *batch), expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_unsloth_is_imported_without_what_takes_hidden_states_away_and_asks_the_hub(small, unsloth):
+    load_seed(small, max_seq_length=512)
+    assert (os.environ["UNSLOTH_FUSED_FORWARD"], os.environ["UNSLOTH_DISABLE_STATISTICS"]) == ("0", "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_sequence_that_unsloth_would_cut_is_refused(small, batch, unsloth):
+    model, _ = load_seed(small, max_seq_length=11)
+    with pytest.raises(ValueError, match="a sequence has 12 tokens, and the model was loaded for 11\n"):
+        hidden_states(model, *batch)
+    hidden_states(model, *(tensor[:, :11] for tensor in batch))
+    assert longest_sequence(add_lora(model)) == 11
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_unsloth_is_not_asked_for_more_than_the_model_s_own_positions(small, unsloth):
+    load_seed(small, max_seq_length=512)
+    with pytest.raises(
+        ValueError, match="reads 512 tokens of a sequence, and 513 are asked for\ntake --max-length 512"
+    ):
+        load_seed(small, max_seq_length=513)
+
+
+def test_a_model_reads_as_many_tokens_as_it_has_positions_for(seeds):
+    assert longest_sequence(load_seed(seeds["llama"], False, backend="transformers")[0]) == 512
+
+
+NOT_IN_4_BITS = "asked for in 4 bits, and has loaded without them\n.*python -m bitsandbytes"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_a_load_in_4_bits_that_is_none_is_refused(small, tmp_path, unsloth, monkeypatch):
+    monkeypatch.setattr(FastLanguageModel, "quantises", False)
+    load_seed(small, False, max_seq_length=512)
+    with pytest.raises(RuntimeError, match=NOT_IN_4_BITS):
+        load_seed(small, max_seq_length=512)
+
+
+def test_a_model_all_of_whose_layers_are_kept_out_of_4_bits_is_refused(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "kept")
+    config = json.loads((folder / "config.json").read_text())
+    kept = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["model", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": kept}))
+    with pytest.raises(RuntimeError, match=NOT_IN_4_BITS):
+        load_seed(folder, backend="transformers")
 
 
 RECORDS = [Record(prompt="The answer"), Record(prompt="Why so? It is kind.")]

@@ -494,6 +494,14 @@ def test_dropped_records_are_counted_with_their_reasons(seed_model, tmp_path, ca
     assert "2 of 9 records are dropped: no reasoning" in caplog.text
 
 
+def test_a_stage_of_longer_sequences_than_the_model_reads_is_refused(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
+    words = "reads 512 tokens of a sequence, and 513 are asked for\ntake --max-length 512"
+    with pytest.raises(ValueError, match=words):
+        train_stage(model, tokenizer, make_records(4), replace(spec, max_length=513), tmp_path, ONE_STEP)
+    assert not list(tmp_path.iterdir())
+
+
 @trains
 def test_no_usable_record_is_an_error_with_the_reasons(seed_model, tmp_path):
     model, tokenizer, spec = load(seed_model)

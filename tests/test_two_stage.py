@@ -20,7 +20,7 @@ import two_stage
 from tiny import SHARED, make_it_stop, make_llama, make_spm, vocabulary_folder
 from transformers import AutoTokenizer
 
-from tract_lite import JudgeSpec, Run, parse_options, preset_for, read_splits
+from tract_lite import JudgeSpec, Run, ScoreScale, parse_options, preset_for, read_splits
 from tract_lite.data.jsonl import read_json, read_rows
 from tract_lite.training.stage import newest_complete_checkpoint
 
@@ -181,6 +181,24 @@ def test_a_run_goes_on_where_all_of_its_files_were_moved_and_later_options_are_c
     assert "judge-f16.gguf, CoT-RAIL" in read_json(second / "run" / "metrics.json")["rows"]
     with pytest.raises(SystemExit):
         call(second, "--base", "16bit")
+
+
+@pytest.mark.parametrize(
+    "base, taken", [("4bit", "unsloth/model-unsloth-bnb-4bit"), ("16bit", "someone/Model"), ("16bit", ".")]
+)
+def test_a_merge_takes_what_was_trained_or_the_16_bits_that_the_user_named(
+    base: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, scale = "unsloth/model-unsloth-bnb-4bit", ScoreScale.integers(1, 5)
+    JudgeSpec("", scale, (), (), (), (), 0, base_model=copy).save(tmp_path)
+    named = taken if base == "16bit" else "someone/Model"
+    preset = preset_for(parse_options(["--preset", "24gb", "--seed-model", named, "--base", base]))
+    merges: list[Any] = []
+    (tmp_path / "adapter.gguf").touch()
+    monkeypatch.setattr(two_stage, "merge_adapter", lambda seed_model, *_, base: merges.append((seed_model, base)))
+    monkeypatch.setattr(two_stage, "export_gguf", lambda *_, **__: [])
+    two_stage.export(tmp_path, Run(tmp_path), tmp_path, preset, [])
+    assert merges == [(taken, base)]
 
 
 @pytest.fixture

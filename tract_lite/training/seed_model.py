@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import logging
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,19 @@ import torch
 from tract_lite.data.places import check_model, why_not_loaded
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.training.layers import last_hidden_states, lora_targets
 from tract_lite.training.precision import pick_dtype
 
 logger = logging.getLogger(__name__)
 
 HIDDEN_STATES_SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+# Read when Unsloth is imported. Models with its fused forward, such as Phi, give logits in place of
+# hidden states; its statistics ask the hub at each loading.
+IMPORT_SWITCHES = {"UNSLOTH_FUSED_FORWARD": "0", "UNSLOTH_DISABLE_STATISTICS": "1"}
+# In what the lower-cased names of one model's copies differ.
+COPY_MARKS = re.compile(r"^meta-|(-hf)?(-unsloth)?(-bnb-4bit)?$")
 REPACKING_SWITCH = "support_avx512bf16_for_cpu"
-UNSLOTH_MARK = "loaded_by_unsloth"
+UNSLOTH_MARK, PLAIN_MARK = "loaded_by_unsloth", "forward_of_transformers"
 
 
 def load_seed(
@@ -38,9 +45,11 @@ def load_seed(
 
     `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
     `precision`: as in `pick_dtype`.
-    Raises RuntimeError: this torch has no kernels for the card, or there is no CUDA for Unsloth.
+    Raises RuntimeError: this torch has no kernels for the card, there is no CUDA for Unsloth, or
+        4 bits were asked for and none of the model's layers has them.
     Raises FileNotFoundError: no such folder, or the hub does not give it.
-    Raises ValueError: the folder's model can't be loaded; an unknown backend or precision.
+    Raises ValueError: the folder's model can't be loaded; an unknown backend or precision; Unsloth
+        is to read longer sequences than the model does.
     """
     dtype, reason = pick_dtype(precision)
     check_model(name_or_path)
@@ -59,6 +68,13 @@ def load_seed(
             model, tokenizer = _load_with_unsloth(str(name_or_path), load_in_4bit, max_seq_length, dtype)
         else:
             model, tokenizer = _load_with_transformers(str(name_or_path), load_in_4bit, dtype)
+    if backend == "unsloth":
+        # For more than a model's own positions, Unsloth has stretched them: that is another model.
+        check_length(_positions(_config(model.config._name_or_path)), max_seq_length)
+    # Either backend goes on in 16 bits, with a line at most, where bitsandbytes can't be had.
+    if load_in_4bit and "Linear4bit" not in {type(module).__name__ for module in model.modules()}:
+        advice = "see what `python -m bitsandbytes` says, or choose another seed model"
+        raise RuntimeError(f"{name_or_path} was asked for in 4 bits, and has loaded without them\n{advice}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -109,6 +125,7 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype
         raise RuntimeError("Unsloth needs a CUDA GPU: use backend='transformers' on this machine")
     if "transformers" in sys.modules and "unsloth" not in sys.modules:
         logger.warning("transformers was imported before unsloth: some of its speed-ups are lost")
+    os.environ |= IMPORT_SWITCHES
     from unsloth import FastLanguageModel
 
     options = {"max_seq_length": max_seq_length, "load_in_4bit": load_in_4bit, "dtype": dtype}
@@ -118,10 +135,9 @@ def _load_with_unsloth(name: str, load_in_4bit: bool, max_seq_length: int, dtype
 
 
 def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    # Code that a model brings along is not run, and nobody is asked.
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = _config(name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_4bit and not hasattr(config, "quantization_config"):
@@ -130,12 +146,39 @@ def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -
     if torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = AutoModelForCausalLM.from_pretrained(name, **options)
+    # Gemma-3n clamps frozen weights while it trains, which those in 4 bits can't be; its config
+    # takes no None in the usual way.
+    vars(model.config.get_text_config()).update({"altup_coef_clip": None})
     for module in model.modules():
         # Else bitsandbytes repacks the weights when a CPU with bfloat16 units first evaluates them:
         # it computes in bfloat16 from then on, and without a gradient.
         if hasattr(module, REPACKING_SWITCH):
             setattr(module, REPACKING_SWITCH, False)
     return model, tokenizer
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    # Code that a model brings along is not run, and nobody is asked.
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _positions(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def longest_sequence(model: Any) -> int | None:
+    """How many tokens of a sequence the model reads; None: any number."""
+    loaded_for = model.max_seq_length if _is_unsloth(model) else None
+    return min(filter(None, (loaded_for, _positions(model.config))), default=None)
+
+
+def check_length(longest: int | None, asked: int) -> None:
+    """Raises ValueError: longer sequences are asked for than the seed model reads."""
+    if longest and longest < asked:
+        fault = f"the seed model reads {longest} tokens of a sequence, and {asked} are asked for"
+        raise ValueError(f"{fault}\ntake --max-length {longest}, or another seed model")
 
 
 def add_lora(
@@ -151,8 +194,8 @@ def add_lora(
     from transformers import set_seed
 
     set_seed(seed)
-    modules = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": modules}
+    targets = lora_targets(model)
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     if _is_unsloth(model):
         from unsloth import FastLanguageModel
 
@@ -193,10 +236,25 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     """The last hidden states (B, T, H), after the final norm and before the vocabulary projection.
 
     They come out of the model's own forward, so that wrappers such as DDP see the pass.
+    Raises ValueError: a sequence is longer than the model was loaded for.
     """
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if not _is_unsloth(model):
-        return model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    held = getattr(model, "module", model)
+    if _is_unsloth(model) and not getattr(held, PLAIN_MARK, False):
+        hidden = _by_switch(model, batch)
+        # Unsloth cuts what is longer than it was asked for.
+        if hidden.shape[1] < input_ids.shape[1]:
+            fault = f"a sequence has {input_ids.shape[1]} tokens, and the model was loaded for {hidden.shape[1]}"
+            raise ValueError(f"{fault}\nload it with a larger max_seq_length, or take shorter sequences")
+        if hidden.shape[-1] == held.config.get_text_config().hidden_size:
+            return hidden
+        # Those are logits: the model's class was looked up before Unsloth had put its own there.
+        setattr(held, PLAIN_MARK, True)
+    return last_hidden_states(model, batch)
+
+
+def _by_switch(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The last hidden states as Unsloth gives them, in place of the logits."""
     os.environ[HIDDEN_STATES_SWITCH] = "1"
     try:
         return model(**batch).logits
@@ -229,9 +287,3 @@ def head_options(model: Any) -> dict[str, Any]:
 def _is_unsloth(model: Any) -> bool:
     """Whether Unsloth has loaded the model, which may be inside DDP and have an adapter on it."""
     return getattr(getattr(model, "module", model), UNSLOTH_MARK, False)
-
-
-def linear_layers(model: Any) -> list[str]:
-    """The names of the linear layers inside the blocks: all but the vocabulary projection."""
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [name for name, module in linear if module is not model.get_output_embeddings()]

@@ -20,7 +20,14 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import encode_records
 from tract_lite.training.preflight import preflight
-from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
+from tract_lite.training.seed_model import (
+    add_lora,
+    check_length,
+    for_training,
+    free_memory,
+    longest_sequence,
+    open_seed_model,
+)
 from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SeedOptions, TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer, is_complete
 from tract_lite.vocabulary import TransformersVocabulary
@@ -98,10 +105,12 @@ def train_stage(
     newest complete checkpoint in `out_dir`. Writes the adapter and its spec to `out_dir/adapter`
     and, last, `out_dir/stage.json`, which is returned: counts of examples and of dropped records
     by reason, settings, the step that is kept, log.
-    Raises ValueError: no record can be trained on, or the batch can't be split over the processes.
+    Raises ValueError: no record can be trained on, the spec allows longer sequences than the model
+        reads, or the batch can't be split over the processes.
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
     """
     out_dir = Path(out_dir)
+    check_length(longest_sequence(model), spec.max_length)
     vocabulary = TransformersVocabulary(tokenizer)
     examples, dropped = encode_records(records, spec, vocabulary, required=True)
     validated, unscored = encode_records(validation, spec, vocabulary)
