@@ -24,10 +24,12 @@ from torch.nn import functional as F
 from tract_lite.loss import CHUNK_ELEMENTS, IGNORE_INDEX, cot_raft_loss
 
 TIME_BAR, MEMORY_BAR, GROWTH_BAR = 0.30, 0.05, 1.10
+CAPPED_TIME_BAR, CAPPED_MEMORY_BAR = 1.15, 1.05
 # Logits, log-probabilities, and the gradients of both.
 PLAIN_COPIES = 4
 SCORE_VALUES = (1.0, 2.0, 3.0, 4.0, 5.0)
 PLAIN, OURS = "plain, all logits", "cot_raft_loss"
+OURS_CAPPED, SOFTCAP = "cot_raft_loss, soft-capped", 30.0
 OURS_CE, TORCH_CE = "cot_raft_loss, raft_weight 0", "linear_cross_entropy, same chunks"
 
 
@@ -85,9 +87,9 @@ def step(variant: str, states: torch.Tensor, head: torch.Tensor, example: Mappin
     states.grad = None
     if variant == PLAIN:
         loss = plain_loss(F.linear(states, head), **example)
-    elif variant in (OURS, OURS_CE):
-        weight = 1.0 if variant == OURS else 0.0
-        loss = cot_raft_loss(states, head, **example, raft_weight=weight).loss
+    elif variant in (OURS, OURS_CE, OURS_CAPPED):
+        weight, cap = float(variant != OURS_CE), SOFTCAP if variant == OURS_CAPPED else None
+        loss = cot_raft_loss(states, head, **example, raft_weight=weight, softcap=cap).loss
     else:
         following = example["labels"][:, 1:]
         learnt = (following != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -152,39 +154,42 @@ class Comparison:
             f"{sizes['hidden']:,}, vocabulary {sizes['vocabulary']:,}, {sizes['dtype']}, "
             f"median of {self.repeats}; the bars are for the default sizes on two cores\n"
         )
-        print(self.variant_table())
+        print(self.variant_table(self.variants, PLAIN, (TIME_BAR, MEMORY_BAR)))
         if TORCH_CE not in self.variants:
             print("linear_cross_entropy: not in this torch (2.13 and newer)")
         print(f"\nPeak extra memory, {sizes['supervised']:,} supervised tokens\n")
         print(self.length_table())
+        print("\nA head whose logits are capped, as in Gemma\n")
+        print(self.variant_table([OURS, OURS_CAPPED], OURS, (CAPPED_TIME_BAR, CAPPED_MEMORY_BAR)))
 
-    def variant_table(self) -> str:
-        """Time and memory of each variant at the length asked for."""
-        fitting = [name for name in self.variants if "bytes" in self.peak(name, self.tokens)]
+    def variant_table(self, variants: Sequence[str], base: str, bars: tuple[float, float]) -> str:
+        """Time and memory of each variant at the length asked for; the second has the bars."""
+        fitting = [name for name in variants if "bytes" in self.peak(name, self.tokens)]
         seconds = in_child(
             __file__,
             {"job": "times", "variants": fitting, "tokens": self.tokens, "repeats": self.repeats, **self.sizes},
         )
-        plain_bytes = self.peak(PLAIN, self.tokens).get("bytes")
+        base_bytes = self.peak(base, self.tokens).get("bytes")
         rows = []
-        for name in self.variants:
+        for name in variants:
             peak = self.peak(name, self.tokens)
             if "error" in peak or "error" in seconds:
                 why = peak.get("error") or seconds["error"]
                 rows.append([name, why, *[""] * 4])
                 continue
-            bars = (TIME_BAR, MEMORY_BAR) if name == OURS else (None, None)
+            time_bar, memory_bar = bars if name == variants[1] else (None, None)
             rows.append(
                 [
                     name,
                     f"{peak['loss']:.5f}",
                     f"{seconds[name]:.3f}",
-                    ratio(seconds[name], seconds.get(PLAIN), bars[0]),
+                    ratio(seconds[name], seconds.get(base), time_bar),
                     f"{peak['bytes'] / MB:,.1f}",
-                    ratio(peak["bytes"], plain_bytes, bars[1]),
+                    ratio(peak["bytes"], base_bytes, memory_bar),
                 ]
             )
-        return table(["forward and backward", "loss", "seconds", "of plain", "peak extra MB", "of plain"], rows)
+        share = f"of {base.partition(',')[0]}"
+        return table(["forward and backward", "loss", "seconds", share, "peak extra MB", share], rows)
 
     def length_table(self) -> str:
         """Memory from half the length to four times the length, the supervised tokens constant."""

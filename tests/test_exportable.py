@@ -10,12 +10,24 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from families import run_forked
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_family, make_phi_spm, make_sentences, make_spm, vocabulary_folder
-from transformers import AutoTokenizer, JambaConfig, MambaConfig
+from tiny import FAMILIES, gguf_weights, make_family, make_phi_spm, make_sentences, make_spm, vocabulary_folder
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    CLIPConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Qwen2VLConfig,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
+from tract_lite.export import converter, rehearsal
 from tract_lite.export.converter import NEED_MATRIX, check_types, file_types
 from tract_lite.export.exportable import check_exportable, check_template
+from tract_lite.export.rehearsal import shortened
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import make_spec
 
@@ -163,18 +175,108 @@ def test_weights_that_a_merge_would_not_find_are_refused(seed, tmp_path):
     assert "under other names than transformers\nchoose another seed model" in refusal(made)
 
 
-@export
 @pytest.mark.parametrize(
-    "config",
+    "config, words",
     [
-        MambaConfig(vocab_size=700, hidden_size=64, num_hidden_layers=2, architectures=["MambaForCausalLM"]),
-        JambaConfig(**SIZES, architectures=["JambaForCausalLM"]),
+        (
+            BertConfig(architectures=["BertForMaskedLM"]),
+            "is not a model that writes from left to right (BertForMaskedLM)",
+        ),
+        (BertConfig(architectures=["BertModel"]), "is not a model that writes from left to right (BertModel)"),
+        (T5Config(), "is not a model that writes from left to right (t5)"),
+        (CLIPConfig(architectures=["CLIPModel"]), "(CLIPModel)"),
+        (Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]), "as a model that writes text"),
     ],
-    ids=["recurrent", "hybrid"],
+    ids=["encoder", "plain encoder", "encoder and decoder", "images and texts", "wrapper unknown to transformers"],
 )
-def test_a_recurrent_or_hybrid_seed_is_refused(tmp_path, config):
-    seed = seed_of(tmp_path / "seed", vocabulary_folder("spm"), config)
-    assert "recurrent or hybrid model" in refusal(seed)
+def test_what_writes_no_text_is_refused_for_that_reason(tmp_path, config, words):
+    assert words in refusal(seed_of(tmp_path / "seed", vocabulary_folder("spm"), config))
+
+
+def test_a_seed_without_linear_layers_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=700, n_embd=64, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"])
+    assert "no linear layers that LoRA could change" in refusal(
+        seed_of(tmp_path / "seed", vocabulary_folder("spm"), config)
+    )
+
+
+@export
+def test_few_layers_of_a_seed_are_tried_and_nothing_of_it_is_changed(seed, monkeypatch):
+    monkeypatch.setattr(converter, "run_python", run_forked)
+    config = FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 9}, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(seed)
+    before = {path.name: path.read_bytes() for path in seed.iterdir()}
+    tried = []
+    monkeypatch.setattr(rehearsal, "check_runs", lambda file: tried.append(gguf_weights(file).keys()))
+    check_exportable(seed, SCALE)
+    assert {name.split(".")[1] for name in tried[0] if name.startswith("blk.")} == {"0", "1"}
+    assert {path.name: path.read_bytes() for path in seed.iterdir()} == before
+
+
+@export
+def test_where_few_layers_fail_a_small_seed_is_tried_with_all_of_them(seed, monkeypatch):
+    monkeypatch.setattr(converter, "run_python", run_forked)
+    config = FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 4}, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(seed)
+    tried = []
+
+    def only_whole(file):
+        tried.append(len([name for name in gguf_weights(file) if name.endswith("attn_q.weight")]))
+        if len(tried) != 2:
+            raise ValueError(f"llama.cpp ends the process with {file}: an assertion\ntake another")
+
+    monkeypatch.setattr(rehearsal, "check_runs", only_whole)
+    check_exportable(seed, SCALE)
+    assert tried == [2, 4]
+    text = refusal(seed)
+    assert text.startswith("llama.cpp ends the process with this seed model: an assertion\nchoose another seed")
+    monkeypatch.setattr(rehearsal, "SMALL", 0)
+    tried.clear()
+    assert "an assertion" in refusal(seed) and tried == [2]
+
+
+@export
+def test_a_seed_too_large_for_this_machine_is_not_tried_and_that_is_said(seed, monkeypatch, caplog):
+    monkeypatch.setattr(rehearsal, "GB", 10**15)
+    monkeypatch.setattr(rehearsal, "check_runs", lambda file: pytest.fail("it was tried"))
+    check_exportable(seed, SCALE)
+    assert "not tried whether llama.cpp runs this seed model" in caplog.text
+
+
+def test_all_that_a_config_says_of_single_layers_is_shortened():
+    text = {
+        "num_hidden_layers": 6,
+        "layer_types": ["a", "a", "b", "a", "a", "b"],
+        "hidden_size": 6,
+        "num_kv_shared_layers": 4,
+        "per_layer_config": {"2": {"head_dim": 4}, "5": {"head_dim": 4}},
+        "sizes": [1, 2],
+    }
+    short = {
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "a", "b"],
+        "hidden_size": 6,
+        "num_kv_shared_layers": 1,
+        "per_layer_config": {"2": {"head_dim": 4}},
+        "sizes": [1, 2],
+    }
+    assert shortened(text, 3, 6) == short
+    wrapper = {"model_type": "seeing", "text_config": text, "vision_config": {"num_hidden_layers": 6}}
+    assert shortened(wrapper, 3, 6) == {**wrapper, "text_config": short}
+
+
+@pytest.mark.parametrize(
+    "config, layers",
+    [
+        (FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 9}), 2),
+        (Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 13}, head_dim=16), 7),
+        (Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 8}, head_dim=16, mlp_only_layers=[0, 1, 2], num_experts=4), 4),
+    ],
+    ids=["all alike", "windows", "experts from the fourth on"],
+)
+def test_as_many_layers_are_taken_as_show_every_kind(tmp_path, config, layers):
+    config.save_pretrained(tmp_path)
+    assert rehearsal._layers_that_show_all(rehearsal._empty(tmp_path), config.num_hidden_layers) == layers
 
 
 @export

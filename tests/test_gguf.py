@@ -129,8 +129,9 @@ def test_what_the_quantiser_refuses_is_said_in_its_words(exported, tmp_path):
 
 def test_a_failed_export_says_why_and_leaves_nothing(model, tmp_path, monkeypatch):
     source = tmp_path / "source"
-    source.mkdir()
+    (source / "conversion").mkdir(parents=True)
     (source / "gguf.py").write_text("class GGUFWriter: pass")
+    (source / "conversion" / "base.py").write_text("class ModelBase: pass")
     (source / "convert_hf_to_gguf.py").write_text("raise SystemExit('no such architecture')")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(source))
     with pytest.raises(RuntimeError, match="no such architecture"):

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
@@ -22,15 +23,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CohereConfig,
     Gemma2Config,
-    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
     MistralConfig,
     Phi3Config,
-    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -55,6 +53,8 @@ BYTE_LEVEL = {
     "merged digits": ("llama-bpe", LETTERS % "{1,3}"),
     "space and digit": ("gpt-2", None),
 }
+# Those in which a word that is a token needs no merges.
+WHOLE_WORDS = ("llama-bpe", "lfm2", "falcon-h1", "tekken")
 TRAINED = ("spm", *BYTE_LEVEL)
 REAL = tuple(sorted(path.name for path in (SHARED / "tokenizers").glob("*")))
 VOCABULARIES = TRAINED + REAL
@@ -69,9 +69,6 @@ FAMILIES = {
     "qwen3": Qwen3Config,
     "gemma2": Gemma2Config,
     "phi3": Phi3Config,
-    "granite": GraniteConfig,
-    "cohere": CohereConfig,
-    "phi": PhiConfig,
 }
 
 WORDS = """the response answer reasoning is clear short wrong right kind and but so it does not
@@ -260,9 +257,9 @@ def vocabulary_folder(name: str) -> Path:
     return make_byte_level(folder, *BYTE_LEVEL[name])
 
 
-def make_byte_level(folder: Path, known_as: str, pattern: str | None) -> Path:
+def make_byte_level(folder: Path, known_as: str, pattern: str | None, *specials: str) -> Path:
     """Train a byte-level vocabulary, like Qwen's, Llama 3's or GPT-2's, and write its folder."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=known_as == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=known_as in WHOLE_WORDS))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
@@ -270,7 +267,7 @@ def make_byte_level(folder: Path, known_as: str, pattern: str | None) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=900,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *specials],
         show_progress=False,
     )
     numbers = " ".join(f"{n} {n}" for n in range(101))
@@ -397,14 +394,10 @@ def gguf_weights(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
 
 
-def export_judge(name: str, model_dir: Path, out: Path) -> Path:
-    """Write a model folder with one of `VOCABULARIES` as GGUF in float32.
-
-    llama.cpp's converter knows the kind of a byte-level vocabulary from the ids of one text; of one
-    trained here it is told.
-    """
-    if name not in BYTE_LEVEL:
-        return export_gguf(model_dir, out, "f32")
+@contextmanager
+def told(known_as: str) -> Iterator[None]:
+    """llama.cpp's converter knows the kind of a byte-level vocabulary from the ids of one text; of
+    one that was trained here it is told."""
     source = llama_cpp_source()
     script = "convert_hf_to_gguf.py"
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
@@ -414,8 +407,14 @@ def export_judge(name: str, model_dir: Path, out: Path) -> Path:
         Path(folder, script).write_text(
             "import runpy\n"
             "from conversion.base import TextModel\n"
-            f"TextModel.get_vocab_base_pre = lambda self, tokenizer: {BYTE_LEVEL[name][0]!r}\n"
+            f"TextModel.get_vocab_base_pre = lambda self, tokenizer: {known_as!r}\n"
             f"runpy.run_path({str(source / script)!r}, run_name='__main__')\n"
         )
         patches.setenv("LLAMA_CPP_DIR", folder)
+        yield
+
+
+def export_judge(name: str, model_dir: Path, out: Path) -> Path:
+    """Write a model folder with one of `VOCABULARIES` as GGUF in float32."""
+    with told(BYTE_LEVEL[name][0]) if name in BYTE_LEVEL else nullcontext():
         return export_gguf(model_dir, out, "f32")

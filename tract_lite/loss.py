@@ -10,6 +10,8 @@ import torch
 
 # Bounds the logits alive at once: 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
+# Rows of a chunk of logits whose slopes under a cap are found at once.
+SLOPE_ROWS = 4
 VOCABULARY_BLOCK = 4096
 IGNORE_INDEX = -100
 
@@ -113,8 +115,7 @@ class _CotRaft(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
-        # A cap's slopes take as much memory as the logits.
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0] // (2 if cap else 1))
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
                 chunk = slice(start, start + size)
@@ -123,8 +124,9 @@ class _CotRaft(torch.autograd.Function):
                 logits = _project(h, weight)
                 if bias is not None:
                     logits.add_(bias.to(dtype), alpha=scale)
-                slopes = _cap(logits, cap) if cap else None
-                token_logits = logits.gather(1, token)[:, 0]
+                if cap:
+                    logits.div_(cap).tanh_().mul_(cap)
+                token_logits, label_logits = logits.gather(1, token)[:, 0], logits[:, ids]
                 top = logits.amax(1, keepdim=True)
                 probabilities = logits.sub_(top).exp_()
                 total = probabilities.sum(1, keepdim=True)
@@ -138,11 +140,17 @@ class _CotRaft(torch.autograd.Function):
                 expected[chunk] = y
                 if any(ctx.needs_input_grad):
                     pull = 2 * factor * raft_weight * error
+                    at_labels = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
+                    at_token = -ce_weight
+                    if cap:
+                        _times_slopes(probabilities, log_total, cap)
+                        at_labels, at_token = (
+                            at_labels * _slope(label_logits, cap),
+                            at_token * _slope(token_logits, cap),
+                        )
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
-                    grad[:, ids] = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
-                    grad.scatter_add_(1, token, -ce_weight[:, None])
-                    if slopes is not None:
-                        grad.mul_(slopes)
+                    grad[:, ids] = at_labels
+                    grad.scatter_add_(1, token, at_token[:, None])
                     if grad_hidden is not None:
                         grad_hidden[chunk] = _project_back(grad, weight) * scale
                     if grad_weight is not None:
@@ -151,7 +159,7 @@ class _CotRaft(torch.autograd.Function):
                         grad_bias.add_(grad.sum(0), alpha=scale)
                     del grad
                 # Else two chunks of logits are alive at once.
-                del logits, probabilities, slopes
+                del logits, probabilities
         ctx.grads = grad_hidden, grad_weight, grad_bias
         ctx.types = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(ce, raft, expected)
@@ -174,12 +182,20 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """Cap the logits in place, c * tanh(logits / c); returns the slope of that at each, (N, V)."""
-    logits.div_(cap).tanh_()
-    slopes = logits.square().neg_().add_(1)
-    logits.mul_(cap)
-    return slopes
+def _slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
+    """The slope of c * tanh(x / c) where it has these values."""
+    return 1 - (capped / cap).square()
+
+
+def _times_slopes(probabilities: torch.Tensor, log_total: torch.Tensor, cap: float) -> None:
+    """Multiply probabilities (N, V) by the cap's slopes at their logits, in place.
+
+    The logits are found again, a few rows at a time: kept, they would take as much memory again.
+    Where a probability is 0, so is the product.
+    """
+    for rows, totals in zip(probabilities.split(SLOPE_ROWS), log_total.split(SLOPE_ROWS)):
+        capped = rows.log().add_(totals[:, None]).clamp_(-cap, cap)
+        rows.mul_(capped.div_(cap).square_().neg_().add_(1))
 
 
 def _project_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.data.places import content_of
-from tract_lite.export.model_folder import seed_folder, weight_files
+from tract_lite.export.model_folder import plain_name, seed_folder, weight_files
 from tract_lite.spec import SPEC_FILE
+from tract_lite.training.seed_model import COPY_MARKS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -37,7 +38,7 @@ COMPARED_ROWS = 16
 
 
 class Adapter:
-    """The weight changes in an adapter's folder, by the name of the weight they change.
+    """The weight changes in an adapter's folder, by the plain name of the weight they change.
     Raises ValueError: not a LoRA adapter on linear layers, with or without `modules_to_save`.
     """
 
@@ -56,10 +57,14 @@ class Adapter:
             raise ValueError(f"the adapter was made with {other}, and only plain LoRA is merged here\n{OTHERWISE}")
         self.saved: dict[str, torch.Tensor] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {}
+        # The layers' own names, which the adapter's patterns are written for.
+        self._layers: dict[str, str] = {}
         for key, tensor in sorted(load_file(folder / WEIGHTS_FILE).items()):
-            name = key.removeprefix("base_model.model.")
+            own = key.removeprefix("base_model.model.")
+            name = plain_name(own)
             if pair := re.fullmatch(r"(.+)\.lora_[AB]\.weight", name):
                 self.pairs.setdefault(f"{pair[1]}.weight", []).append(tensor)
+                self._layers[f"{pair[1]}.weight"] = own.rpartition(".lora_")[0]
             elif kind := next((words for part, words in OTHER_KINDS.items() if part in name), None):
                 fault = f"the adapter trains {kind} ({name}), and only LoRA on linear layers and modules_to_save"
                 raise ValueError(f"{fault} are merged here\n{OTHERWISE}")
@@ -120,7 +125,7 @@ class Adapter:
         """The factor of B A for a weight: alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
         rank = self.pairs[name][0].shape[0]
         # As in peft: the first pattern that matches whole parts of the name.
-        layer, patterns = name.removesuffix(".weight"), (self.config.get("alpha_pattern") or {}).items()
+        layer, patterns = self._layers[name], (self.config.get("alpha_pattern") or {}).items()
         matching = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer))
         alpha = next(matching, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -144,10 +149,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _name(seed_model: str | Path) -> str:
-    """A seed model's own name, also inside the hub's cache, without the mark of a 4-bit copy."""
+    """A seed model's own name, also inside the hub's cache, without what marks a copy of it.
+
+    Copies in 4 bits may be written in small letters.
+    """
     path = Path(seed_model)
     cached = [part for part in path.parts if part.startswith("models--")]
-    return (cached[0].rpartition("--")[2] if cached else path.name).removesuffix("-bnb-4bit")
+    return COPY_MARKS.sub("", (cached[0].rpartition("--")[2] if cached else path.name).lower())
 
 
 def _same_weights(folder: Path, other: Path) -> bool:

@@ -1,10 +1,11 @@
 """What would stop an export, found in seconds from a seed model's config and tokenizer.
 
-Nothing here reads weights, so a run asks before it trains.
+Nothing here reads weights, so a run asks before it trains; a few empty layers are run.
 """
 
 import json
 import logging
+import re
 import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,16 +15,16 @@ from jinja2 import TemplateSyntaxError
 
 from tract_lite.data.jsonl import read_json
 from tract_lite.data.places import check_model, why_not_loaded
-from tract_lite.export.converter import check_types, convert_model, llama_cpp_source, read_texts, run_python
+from tract_lite.engines.child import run_python
+from tract_lite.export.converter import check_types, convert_model, llama_cpp_source, read_texts
 from tract_lite.export.merge import check_mergeable
 from tract_lite.export.model_folder import copy_other_files, seed_folder
 from tract_lite.export.parity import check_vocabulary, hard_records, reading_limit
+from tract_lite.export.rehearsal import OTHER_SEED, rehearse
 from tract_lite.prompt import render
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.training.settings import SeedOptions
-
-OTHER_SEED = "choose another seed model"
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def check_exportable(
 ) -> None:
     """Make sure that a judge trained on a seed model can be exported, before it is trained.
 
-    Takes seconds, and of the seed model (a folder or hub id) its config and tokenizer alone.
+    Takes seconds, and of the seed model (a folder or hub id) its config and tokenizer alone: a few
+    empty layers go through the converter and llama.cpp, see `rehearse`.
     `quantization` as for `export_gguf`, `base` as for `merge_adapter`, the others as for
     `train_adapter`. That llama.cpp reads long texts otherwise is a warning.
     Raises ValueError: what would be refused, and what to take in its place: a type, the template,
@@ -51,6 +53,7 @@ def check_exportable(
     config, tokenizer = _config_and_tokenizer(seed_dir)
     check_folder(seed_dir)
     check_convertible(seed_dir, is_seed=True)
+    check_writes(seed_dir, config)
     check_mergeable(seed_dir, base)
     fields: dict[str, Any] = {"precision": None, "load_in_4bit": None, **options}
     del fields["precision"], fields["load_in_4bit"]
@@ -63,7 +66,11 @@ def check_exportable(
             copy = Path(folder, Path(seed_model).resolve().name)
             copy.mkdir()
             copy_other_files(seed_dir, copy)
-            check_reading(copy, Path(folder, "vocabulary.gguf"), spec, tokenizer)
+            file = Path(folder, "rehearsal.gguf")
+            if rehearse(copy, file):
+                check_texts(file, spec, tokenizer)
+            else:
+                check_reading(copy, file, spec, tokenizer)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     limit = reading_limit(config)
@@ -111,6 +118,19 @@ def check_convertible(folder: Path, *, is_seed: bool = False) -> None:
         raise ValueError(f"{folder} has untied embeddings, but llama.cpp knows Gemma with tied ones alone: {advice}")
 
 
+def check_writes(folder: Path, config: Any) -> None:
+    """Raises ValueError: no model that writes from left to right, or not one of text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    named = config.architectures or []
+    masked = any(re.search("MaskedLM|Classification|QuestionAnswering|(?<!LMHead)Model$", name) for name in named)
+    kind = named[0] if named else config.model_type
+    if config.is_encoder_decoder or masked:
+        raise ValueError(f"{folder} is not a model that writes from left to right ({kind})\n{OTHER_SEED}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"transformers can't load {folder} ({kind}) as a model that writes text\n{OTHER_SEED}")
+
+
 def check_template(spec: JudgeSpec) -> None:
     """Raises ValueError: the prompt's template is no Jinja, or asks for what no record has."""
     try:
@@ -131,6 +151,11 @@ def check_reading(folder: Path, file: Path, spec: JudgeSpec, tokenizer: Any) -> 
         ids. Raises ValueError: the engine can't run such a model.
     """
     convert_model(folder, file, "f16", None, "--vocab-only")
+    check_texts(file, spec, tokenizer)
+
+
+def check_texts(file: Path, spec: JudgeSpec, tokenizer: Any) -> None:
+    """Make sure that a GGUF file's vocabulary reads as the tokenizer does; see `check_reading`."""
     texts = json.dumps([render(record, spec) for record in hard_records(spec)])
     script = f"from {read_texts.__module__} import read_texts; read_texts()"
     # In another process: an assertion of llama.cpp's ends it.

@@ -9,6 +9,7 @@ from typing import Any, Sequence
 
 from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.engines.llama_cpp import read_spec
+from tract_lite.engines.trial import check_runs
 from tract_lite.export.adapter import Adapter
 from tract_lite.export.converter import check_types, convert_adapter, convert_model, quantize
 from tract_lite.export.exportable import check_convertible, check_folder, check_reading
@@ -41,7 +42,7 @@ def export_gguf(
     `parity.check_export`, on `records` or made-up ones. `figures`: a JSON file that gets what it
     has measured, by file name. No file has its name before it is complete and checked.
     Raises ValueError: a type that is unknown or needs an importance matrix, a folder that lacks
-        something, or another vocabulary's spec.
+        something, another vocabulary's spec, or a model with which llama.cpp ends its process.
     Raises RuntimeError: the converter is out of reach, llama.cpp could not write the file, it reads
         other tokens than transformers, or the disk has no room.
     """
@@ -64,6 +65,8 @@ def export_gguf(
     size = _needed_bytes(model_dir, weights, names)
     with work_folder(out, size, "export fewer or smaller types at a time") as folder:
         files = _write(model_dir, folder, names, spec)
+        for file in files.values():
+            check_runs(file)
         measured = check_export(spec, tokenizer, model_dir, files, weights, records or ()) if tokenizer and spec else {}
         if figures:
             by_file = {t.name: asdict(measured[n]) for n, t in zip(names, targets) if n in measured}

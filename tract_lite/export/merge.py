@@ -18,9 +18,16 @@ from tqdm.auto import tqdm
 
 from tract_lite.data.jsonl import read_json
 from tract_lite.export.adapter import EMBEDDING, HEAD, Adapter
-from tract_lite.export.model_folder import copy_other_files, is_merged_judge, seed_folder, weight_files, work_folder
+from tract_lite.export.model_folder import (
+    copy_other_files,
+    is_merged_judge,
+    plain_name,
+    seed_folder,
+    weight_files,
+    work_folder,
+)
 from tract_lite.spec import SPEC_FILE, JudgeSpec
-from tract_lite.training.seed_model import linear_layers
+from tract_lite.training.layers import linear_layers
 
 # With its head, a file of several tensors stays below 256 MB.
 SHARD_BYTES = 255 * 10**6
@@ -49,14 +56,14 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     JudgeSpec.load(adapter)
     changes.check_seed(seed_model, seed_dir)
     weights = _find_weights(seed_dir, changes)
-    changes.check_fits({weight.name: weight.shape for weight in weights})
+    changes.check_fits({plain_name(weight.name): weight.shape for weight in weights})
     size = sum(weight.size for weight in weights)
     with work_folder(out_dir, size, "export the adapter alone: export_adapter needs no merge") as folder:
         merged = folder / "merged"
         merged.mkdir()
         # What a seed model in 4 bits keeps in 16 was so in training too.
         in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
-        _merge_weights(weights, changes, _linear_weights(seed_dir) if in_training else set(), merged)
+        _merge_weights(weights, changes, _packed_weights(_empty_model(seed_dir)) if in_training else set(), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
         shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
         if out_dir.exists():
@@ -69,16 +76,19 @@ def check_mergeable(seed_dir: Path, base: str) -> None:
     """Make sure that an adapter on all linear layers can be merged onto a seed model.
 
     Where its weights are not there yet, what hangs on their names stays open.
-    Raises ValueError: an unknown base, one that the seed model is not stored in, or weights in
-        another format or with other names than transformers gives them.
+    Raises ValueError: an unknown base, one that the seed model is not stored in, no linear layers,
+        or weights in another format or with other names than transformers gives them.
     """
     _check_base(seed_dir, base)
+    linear = {plain_name(f"{name}.weight") for name in linear_layers(_empty_model(seed_dir))}
+    if not linear:
+        raise ValueError(f"{seed_dir} has no linear layers that LoRA could change\nchoose another seed model")
     if not any(seed_dir.glob("*.safetensors*")):
         if any(seed_dir.glob("*.bin")):
             advice = "load the model with transformers and save it into its folder"
             raise ValueError(f"{seed_dir} has its weights in *.bin files, and a merge reads safetensors\n{advice}")
         return
-    if lacking := sorted(_linear_weights(seed_dir) - weight_files(seed_dir).keys()):
+    if lacking := sorted(linear - set(map(plain_name, weight_files(seed_dir)))):
         fault = f"its files have weights such as {lacking[0]} under other names than transformers"
         raise ValueError(f"nothing can be merged onto {seed_dir}: {fault}\nchoose another seed model")
 
@@ -127,8 +137,9 @@ def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
     files = weight_files(seed_dir)
     names = [name for name in files if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
     weights = [_Weight(name, name, files) for name in names]
-    if changes.unties and HEAD not in files and EMBEDDING in files:
-        weights.append(_Weight(HEAD, EMBEDDING, files))
+    embedding = next((name for name in files if plain_name(name) == EMBEDDING), None)
+    if changes.unties and HEAD not in files and embedding:
+        weights.append(_Weight(HEAD, embedding, files))
     for weight in weights:
         if weight.dtype not in DTYPES:
             fault = f"the seed model has weights of type {weight.dtype} ({weight.name})"
@@ -149,7 +160,7 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: set[
             with open(out_dir / name, "wb") as file:
                 file.write(_header(shard))
                 for weight in shard:
-                    file.write(_merged(weight, changes, weight.name in quantised))
+                    file.write(_merged(weight, changes, plain_name(weight.name) in quantised))
                     progress.update()
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -164,7 +175,7 @@ def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
         # In float32, so that the only rounding is the one of the result.
         packed, state = quantize_4bit(tensor.float().contiguous(), quant_type="nf4", compress_statistics=True)
         tensor = dequantize_4bit(packed, state)
-    return changes.apply(weight.name, tensor).to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
+    return changes.apply(plain_name(weight.name), tensor).to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
 
 
 def _header(shard: Sequence[_Weight]) -> bytes:
@@ -179,11 +190,20 @@ def _header(shard: Sequence[_Weight]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _linear_weights(seed_dir: Path) -> set[str]:
-    """The weights of all linear layers but the head: what LoRA changes and 4-bit loading packs."""
+def _empty_model(seed_dir: Path) -> Any:
+    """The seed model as transformers builds it, without weights."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_dir))
-    return {f"{name}.weight" for name in linear_layers(model)}
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(seed_dir))
+
+
+def _packed_weights(model: Any) -> set[str]:
+    """The plain names of the text model's weights that transformers packs when it loads 4 bits."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept, text = get_keys_to_not_convert(model), set(model.get_decoder().modules())
+    linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and module in text]
+    return {plain_name(f"{name}.weight") for name in linear if should_convert_module(name, kept)}

@@ -62,6 +62,11 @@ def seed_folder(seed_model: str | Path, *, weights: bool = True, download: bool 
         raise FileNotFoundError(why_not_loaded(seed_model, error)) from error
 
 
+def plain_name(name: str) -> str:
+    """A weight's name without the parts that multimodal wrappers put around their text model."""
+    return name.replace("language_model.", "")
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor in a model folder. Raises ValueError: no safetensors files."""
     index = folder / "model.safetensors.index.json"

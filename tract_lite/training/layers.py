@@ -1,0 +1,50 @@
+"""What of a model of transformers is trained: the layers of its text part, up to the projection."""
+
+from typing import Any, Mapping
+
+import torch
+
+
+def lora_targets(model: Any) -> list[str]:
+    """The layers that LoRA changes, as peft takes them.
+
+    They are named by the last parts of their names, or in full where other layers share those.
+    """
+    layers = linear_layers(model)
+    ends = {name.rpartition(".")[2] for name in layers}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return layers if meant - set(layers) else sorted(ends)
+
+
+def linear_layers(model: Any) -> list[str]:
+    """The names of the linear layers inside the text model's blocks.
+
+    A Mamba mixer's last projection is none of them: its kernels take the weight and leave out what
+    LoRA adds.
+    """
+    text = model.get_decoder()
+    named = dict(model.named_modules())
+    start = next(name for name, module in named.items() if module is text)
+
+    def is_target(name: str, module: Any) -> bool:
+        within, _, own = name.rpartition(".")
+        in_block = any(part.isdigit() for part in within.removeprefix(start).split("."))
+        passed_by = own == "out_proj" and hasattr(named[within], "A_log") and hasattr(named[within], "D")
+        return name.startswith(f"{start}.") and in_block and not passed_by and isinstance(module, torch.nn.Linear)
+
+    return [name for name, module in named.items() if is_target(name, module)]
+
+
+def last_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The hidden states (B, T, H) before the vocabulary projection, from the model's own forward.
+
+    Those of Gemma-3n are four streams there, which its text model joins.
+    """
+    passed: list[Any] = []
+    text = getattr(model, "module", model).get_decoder()
+    hook = text.register_forward_hook(lambda *call: passed.append(call[-1]))
+    try:
+        found = model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    finally:
+        hook.remove()
+    return found if found.dim() == 3 else passed[-1].last_hidden_state
