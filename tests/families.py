@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from contextlib import nullcontext
@@ -206,10 +205,6 @@ def make_seed(family: Family, folder: Path) -> Path:
             if weight.dim() > 1 or not weight.any():
                 weight.normal_(std=family.std)
     model.save_pretrained(folder)
-    if "mamba" in options.get("layer_types", ()):
-        # As on the hub; transformers writes other names, which the converter does not know.
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_types": options["layer_types"]}))
     return folder
 
 

@@ -28,6 +28,7 @@ from tract_lite import estimate
 from tract_lite.judge import Judge
 from tract_lite.record import Record
 from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
+from tract_lite.training.layers import head_options, lm_head_weight
 from tract_lite.training.precision import pick_dtype
 from tract_lite.training.seed_model import (
     HIDDEN_STATES_SWITCH,
@@ -36,9 +37,7 @@ from tract_lite.training.seed_model import (
     compute_dtype,
     for_training,
     full_logits,
-    head_options,
     hidden_states,
-    lm_head_weight,
     load_adapter,
     load_seed,
     longest_sequence,
@@ -477,9 +476,19 @@ def test_a_sequence_that_unsloth_would_cut_is_refused(small, batch, unsloth):
 def test_unsloth_is_not_asked_for_more_than_the_model_s_own_positions(small, unsloth):
     load_seed(small, max_seq_length=512)
     with pytest.raises(
-        ValueError, match="reads 512 tokens of a sequence, and 513 are asked for\ntake --max-length 512"
+        ValueError, match="reads 512 tokens of a sequence, and 513 are asked for\ntake a max_length of 512"
     ):
         load_seed(small, max_seq_length=513)
+
+
+def test_a_spec_has_no_more_tokens_than_the_seed_model_reads(seeds, caplog):
+    options = {"load_in_4bit": False, "precision": "float32"}
+    _, _, spec = open_seed_model(seeds["llama"], SCALE, max_length=3000, **options)
+    assert spec.max_length == 512
+    assert "the seed model reads 512 tokens of a sequence, not 3000: longer items are left out" in caplog.text
+    caplog.clear()
+    _, _, spec = open_seed_model(seeds["llama"], SCALE, max_length=500, **options)
+    assert spec.max_length == 500 and "tokens of a sequence" not in caplog.text
 
 
 def test_a_model_reads_as_many_tokens_as_it_has_positions_for(seeds):
@@ -561,7 +570,7 @@ def test_a_seed_model_is_opened_as_asked_and_its_spec_says_how(small, load_in_4b
         kinds = {type(module).__name__ for name, module in judge.engine.model.named_modules() if "_proj" in name}
         assert kinds == {"Linear4bit" if load_in_4bit else "Linear"}
     with Judge.from_seed(small, SCALE) as judge:
-        assert judge.spec.template == DEFAULT_TEMPLATE and judge.spec.max_length == 3000
+        assert judge.spec.template == DEFAULT_TEMPLATE and judge.spec.max_length == 512
 
 
 def test_a_seed_model_judges_before_any_training(small):

@@ -34,7 +34,8 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
 from tract_lite.training import stage
 from tract_lite.training.encode import LengthGroupedSampler, collate, encode_records
-from tract_lite.training.seed_model import add_lora, hidden_states, lm_head_weight, load_seed, open_seed_model
+from tract_lite.training.layers import lm_head_weight
+from tract_lite.training.seed_model import add_lora, hidden_states, load_seed, open_seed_model
 from tract_lite.training.settings import RESULT_FILE, TrainSettings
 from tract_lite.training.stage import newest_complete_checkpoint, train_adapter, train_stage
 from tract_lite.training.toy_seed_model import make_toy_seed_model
@@ -496,7 +497,7 @@ def test_dropped_records_are_counted_with_their_reasons(seed_model, tmp_path, ca
 
 def test_a_stage_of_longer_sequences_than_the_model_reads_is_refused(seed_model, tmp_path):
     model, tokenizer, spec = load(seed_model)
-    words = "reads 512 tokens of a sequence, and 513 are asked for\ntake --max-length 512"
+    words = "reads 512 tokens of a sequence, and 513 are asked for\ntake a max_length of 512"
     with pytest.raises(ValueError, match=words):
         train_stage(model, tokenizer, make_records(4), replace(spec, max_length=513), tmp_path, ONE_STEP)
     assert not list(tmp_path.iterdir())

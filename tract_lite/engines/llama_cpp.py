@@ -153,7 +153,8 @@ def spec_at(path: str | Path) -> JudgeSpec | None:
     path = Path(path)
     if path.is_dir():
         return JudgeSpec.load(path) if (path / SPEC_FILE).is_file() else None
-    return read_spec(path) if path.is_file() and is_gguf(path) else JudgeSpec.load(path)
+    is_model = path.suffix == ".gguf" or (path.is_file() and is_gguf(path))
+    return read_spec(path) if is_model else JudgeSpec.load(path)
 
 
 def _file_value(path: str | Path, key: str) -> str | None:
@@ -184,6 +185,8 @@ def _gguf_library() -> ctypes.CDLL:
     llama = quiet_llama()
     library = load_shared_library("ggml-base", Path(str(llama.__file__)).parent / "lib")
     opened, number, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+    # It may be loaded a second time, with a log of its own.
+    library.ggml_log_set(_kept[0], None)
     for name, result, arguments in (
         ("init_from_file", opened, [text, _ReadOptions]),
         ("find_key", number, [opened, text]),

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,8 @@ _MODELS, _ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 # What llama.cpp makes with an importance matrix alone, and what its quantiser knows by name alone.
 NEED_MATRIX = "iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_xs q2_k_s".split()
 _NOT_MADE = ("nvfp4",)
+# The names of Granite-4's layers where transformers has saved them, as the converter knows them.
+GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 _USUAL = "q4_k_m, q5_k_m, q6_k, q8_0, f16, bf16 or f32"
 _NEEDED = re.compile(r"[^/]+/vendor/llama\.cpp/(convert_\w+\.py|conversion/.+|gguf-py/.+)")
 
@@ -64,7 +67,7 @@ def run_converter() -> None:
 
     The spec on standard input is written with the other metadata, so the file is written once.
     Layers that predict further tokens are left out: a judge has no use for them, and many seed
-    models come without.
+    models come without. Granite-4's layers get the names that they have on the hub.
     """
     import gguf
     from conversion.base import ModelBase
@@ -77,8 +80,8 @@ def run_converter() -> None:
             if spec:
                 self.add_string(SPEC_KEY, spec)
 
-    gguf.GGUFWriter = Writer
-    ModelBase.no_mtp = True
+    gguf.GGUFWriter, ModelBase.no_mtp = Writer, True
+    _rename_granite_layers()
     parent = os.getppid()
 
     def end_with_parent() -> None:
@@ -91,6 +94,21 @@ def run_converter() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _rename_granite_layers() -> None:
+    """Let the converter know Granite-4's layers by the names that transformers saves, too."""
+    with suppress(ImportError):
+        from conversion.granite import GraniteHybridModel
+
+        find = GraniteHybridModel.get_attn_layers
+
+        def get_attn_layers(model: Any) -> list[int]:
+            if kinds := model.hparams.get("layer_types"):
+                model.hparams["layer_types"] = [GRANITE_LAYERS.get(kind, kind) for kind in kinds]
+            return find(model)
+
+        GraniteHybridModel.get_attn_layers = get_attn_layers
 
 
 def read_texts() -> None:

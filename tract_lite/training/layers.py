@@ -1,4 +1,4 @@
-"""What of a model of transformers is trained: the layers of its text part, up to the projection."""
+"""The parts of a transformers model that training meets: layers, last hidden states, projection."""
 
 from typing import Any, Mapping
 
@@ -48,3 +48,20 @@ def last_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.T
     finally:
         hook.remove()
     return found if found.dim() == 3 else passed[-1].last_hidden_state
+
+
+def lm_head_weight(model: Any) -> torch.Tensor:
+    """The vocabulary projection (V, H)."""
+    return model.get_output_embeddings().weight
+
+
+def head_options(model: Any) -> dict[str, Any]:
+    """What a model does with its logits beside the projection, as `cot_raft_loss` takes it."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "logits_scaling"):
+        factor = getattr(config, name, None) or 1.0
+        # Granite alone divides.
+        scale *= 1 / factor if name == "logits_scaling" and config.model_type.startswith("granite") else factor
+    cap, bias = getattr(config, "final_logit_softcapping", None), getattr(model.get_output_embeddings(), "bias", None)
+    return {"softcap": cap, "logit_scale": scale, "head_bias": bias}

@@ -91,9 +91,19 @@ def open_seed_model(
     **fields: Any,
 ) -> tuple[Any, Any, JudgeSpec]:
     """A seed model, its tokenizer, and the spec by which it is asked; see `SeedOptions`.
+
+    Where the model reads fewer tokens than `max_length`, the spec has as many as it reads.
     Raises ValueError: the scale does not fit the model's vocabulary; else as `load_seed`.
     """
     free_memory()
+    check_model(seed_model)
+    with _faults_in_words(seed_model):
+        longest = _positions(_config(str(seed_model)))
+    if longest and longest < max_length:
+        logger.warning(
+            "the seed model reads %d tokens of a sequence, not %d: longer items are left out", longest, max_length
+        )
+        max_length = longest
     model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
     # Unsloth may have loaded its own 4-bit copy of the model; that is the adapter's base.
     fields["base_model"] = model.config._name_or_path
@@ -178,7 +188,7 @@ def check_length(longest: int | None, asked: int) -> None:
     """Raises ValueError: longer sequences are asked for than the seed model reads."""
     if longest and longest < asked:
         fault = f"the seed model reads {longest} tokens of a sequence, and {asked} are asked for"
-        raise ValueError(f"{fault}\ntake --max-length {longest}, or another seed model")
+        raise ValueError(f"{fault}\ntake a max_length of {longest}, or another seed model")
 
 
 def add_lora(
@@ -265,23 +275,6 @@ def _by_switch(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The logits (B, T, V) as the model itself computes them: much memory, for a check alone."""
     return model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-def lm_head_weight(model: Any) -> torch.Tensor:
-    """The vocabulary projection (V, H)."""
-    return model.get_output_embeddings().weight
-
-
-def head_options(model: Any) -> dict[str, Any]:
-    """What a model does with its logits beside the projection, as `cot_raft_loss` takes it."""
-    config = model.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "logits_scaling"):
-        factor = getattr(config, name, None) or 1.0
-        # Granite alone divides.
-        scale *= 1 / factor if name == "logits_scaling" and config.model_type.startswith("granite") else factor
-    cap, bias = getattr(config, "final_logit_softcapping", None), getattr(model.get_output_embeddings(), "bias", None)
-    return {"softcap": cap, "logit_scale": scale, "head_bias": bias}
 
 
 def _is_unsloth(model: Any) -> bool:

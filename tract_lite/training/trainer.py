@@ -19,7 +19,8 @@ from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import Example, LengthGroupedSampler, collate
-from tract_lite.training.seed_model import compute_dtype, head_options, hidden_states, lm_head_weight
+from tract_lite.training.layers import head_options, lm_head_weight
+from tract_lite.training.seed_model import compute_dtype, hidden_states
 from tract_lite.training.settings import COMPLETE_FILE, TrainSettings
 
 logger = logging.getLogger(__name__)
