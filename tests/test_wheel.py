@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import export_judge, make_llama, vocabulary_folder
 
 import tract_lite
 from tract_lite import __version__
@@ -90,6 +91,16 @@ def test_the_command_judges_a_file_from_an_empty_folder(installed: Path, quick_r
     assert 1 <= row["score"] <= 5 and row["error"] is None and row["feedback"][0]
     assert "score " in run(*command, "texts.csv", "--explain", where=tmp_path)
     assert __version__ in run(installed / "tract-lite", "--version", where=tmp_path)
+
+
+def test_any_instruct_model_judges_there(installed: Path, tmp_path: Path) -> None:
+    make_llama(tmp_path / "model", vocabulary_folder("split digits"), context=400)
+    export_judge("split digits", tmp_path / "model", tmp_path / "instruct.gguf")
+    (tmp_path / "texts.csv").write_text("instruction,response,criteria\nHow?,Use yeast.,Is it sound?\n")
+    command = [installed / "tract-lite", "judge", tmp_path / "instruct.gguf", "texts.csv", "-o", "judged.jsonl"]
+    run(*command, where=tmp_path)
+    (row,) = read_rows(tmp_path / "judged.jsonl")
+    assert row["error"] is None and sorted(row["probabilities"]) == ["1", "2", "3", "4", "5"]
 
 
 def test_what_is_not_installed_is_named(installed: Path, tmp_path: Path) -> None:
