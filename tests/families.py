@@ -16,9 +16,10 @@ from stages import SCALE, make_records
 from tiny import LETTERS, make_byte_level, make_gemma_spm, make_phi_spm, told
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from tract_lite.data.jsonl import read_json
 from tract_lite.export import converter
 from tract_lite.export.exportable import check_exportable
-from tract_lite.export.gguf import export_gguf
+from tract_lite.export.gguf import export_adapter, export_gguf
 from tract_lite.export.merge import merge_adapter
 from tract_lite.export.parity import Parity, compare
 from tract_lite.judge import Judge
@@ -113,6 +114,9 @@ VISION: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
 }
+
+
+HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "qwen3_5_text")
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,9 @@ def whole_way(seed: Path, folder: Path) -> tuple[Parity, float]:
     options: dict[str, Any] = {"precision": "float32", "max_length": 512, "sampling": sampling}
     adapter = train_adapter(records, folder / "run", seed_model=seed, scale=SCALE, settings=settings, **options)
     file = folder / "judge.gguf"
+    if read_json(seed / "config.json")["model_type"] in HYBRIDS:
+        # The adapter alone goes another way through the converter.
+        export_adapter(adapter, seed, folder / "adapter.gguf")
     with Judge.from_adapter(adapter, precision="float32") as trained:
         judged = list(trained.score_many(records))
         export_gguf(merge_adapter(seed, adapter, folder / "merged"), file, "f32", figures=folder / "parity.json")

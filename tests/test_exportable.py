@@ -261,6 +261,8 @@ def test_all_that_a_config_says_of_single_layers_is_shortened():
         "sizes": [1, 2],
     }
     assert shortened(text, 3, 6) == short
+    letters = {"num_hidden_layers": 4, "layers_pattern": "M*M-", "window_pattern": 4, "hidden_act": "silu"}
+    assert shortened(letters, 2, 4) == {**letters, "num_hidden_layers": 2, "layers_pattern": "M*"}
     wrapper = {"model_type": "seeing", "text_config": text, "vision_config": {"num_hidden_layers": 6}}
     assert shortened(wrapper, 3, 6) == {**wrapper, "text_config": short}
 

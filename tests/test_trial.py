@@ -97,7 +97,7 @@ def test_what_runs_is_tried_once(judges, tmp_path, monkeypatch):
     path = without_spec(judge, tmp_path / "other.gguf")
     records = [Record(prompt="The answer")]
     scores = []
-    for file in (judge / "judge.gguf", path, shutil.copy(path, tmp_path / "copy.gguf")):
+    for file in (judge / "judge.gguf", path, shutil.copy2(path, tmp_path / "copy.gguf")):
         with Judge.from_gguf(file, judge / "model", threads=1) as opened:
             scores += [judgement.score for judgement in opened.score_many(records)]
         assert len(asked) == 1 + (file.name != "judge.gguf")
@@ -112,7 +112,7 @@ def test_what_llama_cpp_refuses_in_words_is_left_to_who_loads_it(judges, tmp_pat
     path = without_spec(judges["plain_judge"], tmp_path / "torn.gguf")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     check_runs(path)
-    assert not any((tmp_path / "cache" / "runs").iterdir())
+    assert not (tmp_path / "cache" / "runs").exists()
     with pytest.raises(ValueError, match="can't read .*not within the file bounds"):
         Judge.from_gguf(path, judges["plain_judge"] / "model")
     with pytest.raises(ValueError, match="is not a GGUF file"):

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 from tract_lite.__main__ import main
 from tract_lite.data.jsonl import read_rows, write_rows
 from tract_lite.data.records import read_records
-from tract_lite.engines import chat_template
+from tract_lite.engines import chat_template, untrained
 from tract_lite.engines.chat_template import render_chat
-from tract_lite.engines.llama_cpp import load_model, quiet_llama
+from tract_lite.engines.llama_cpp import load_model, metadata, quiet_llama
 from tract_lite.engines.untrained import untrained_spec
 from tract_lite.export.converter import llama_cpp_source
 from tract_lite.judge import Judge
@@ -101,7 +101,7 @@ def test_a_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
-def untrained(request: pytest.FixtureRequest, shared_once: Callable[..., Path]) -> tuple[str, Path]:
+def bare(request: pytest.FixtureRequest, shared_once: Callable[..., Path]) -> tuple[str, Path]:
     """A vocabulary, and a GGUF file with it that has neither a judge spec nor a chat template."""
     name = request.param
     if name not in ("spm", "llama-spm"):
@@ -114,8 +114,8 @@ def untrained(request: pytest.FixtureRequest, shared_once: Callable[..., Path]) 
     return name, shared_once(f"untrained_{name}", make) / "model.gguf"
 
 
-def test_the_ids_are_those_of_transformers(untrained: tuple[str, Path]) -> None:
-    name, path = untrained
+def test_the_ids_are_those_of_transformers(bare: tuple[str, Path]) -> None:
+    name, path = bare
     model = load_model(path, vocab_only=True)
     for chat in ("a system message of its own", "instructions in brackets"):
         tokenizer = with_chat(name, CHATS[chat])
@@ -285,3 +285,45 @@ def test_the_prompts_of_a_real_instruct_model_have_the_ids_of_transformers(
     for record in records:
         assert prompt_ids(record, found, ours) == prompt_ids(record, expected, theirs)
     quiet_llama().llama_model_free(model)
+
+
+@pytest.mark.parametrize("key", ["padding", "eos"])
+def test_a_special_token_beyond_the_vocabulary_is_none(instruct: Path, key: str) -> None:
+    """Fine-tunes add tokens and leave the weights as they are."""
+    model = load_model(instruct / "model.gguf", vocab_only=True)
+    vocabulary = GGUFVocabulary(model)
+    for number in (str(len(vocabulary)), "4294967295", "-1"):
+        told = {f"tokenizer.ggml.{key}_token_id": number}
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(
+                untrained, "metadata", lambda model, name, told=told: told.get(name) or metadata(model, name)
+            )
+            end = untrained_spec(model, "m.gguf").eos_id
+        assert quiet_llama().llama_vocab_is_eog(quiet_llama().llama_model_get_vocab(model), end)
+    quiet_llama().llama_model_free(model)
+
+
+def test_what_lies_where_the_user_is_has_no_part_in_a_rendering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('from here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert render_chat("{{ messages[0].content }}", {}) == SLOT
+
+
+def test_what_a_template_says_of_its_failure_is_one_line_of_letters() -> None:
+    with pytest.raises(ValueError) as told:
+        render_chat("{{ raise_exception('a\\nb \\x1b[31m c') }}", {})
+    assert str(told.value) == "a b [31m c"
+    with pytest.raises(ValueError, match="TemplateError"):
+        render_chat("{{ raise_exception('') }}", {})
+
+
+def test_gold_scores_are_read_on_an_untrained_judge_s_scale(instruct: Path, tmp_path: Path) -> None:
+    row = {"instruction": "Say.", "response": "It is.", "criteria": "Is it clear?"}
+    write_rows(tmp_path / "items.jsonl", [{**row, "score": score} for score in ("4/5", "80%")])
+    output = tmp_path / "out.jsonl"
+    call = ["judge", str(instruct / "model.gguf"), str(tmp_path / "items.jsonl"), "-o", str(output)]
+    assert main([*call, "--context-length", "300"]) == 0
+    assert [row.get("gold") for row in read_rows(output)] == [4.0, None]

@@ -85,12 +85,13 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
 
 def _read(model: str, source: str, options: JudgeOptions) -> Table:
     """The input. Gold scores are read as the judge's scale has them, and are not needed."""
-    spec = None
+    scale = None
     if options.spec or not (_is_server(model) or options.adapter):
         from tract_lite.engines.llama_cpp import spec_at
+        from tract_lite.engines.untrained import DEFAULT_SCALE
 
         spec = spec_at(options.spec or model)
-    scale = spec.scale if spec else _asked(options).get("scale")
+        scale = spec.scale if spec else _asked(options).get("scale", DEFAULT_SCALE)
     return read_table(source, scale=scale, gold_needed=False, **how_to_read(options))
 
 
@@ -146,11 +147,12 @@ def _check(model: str, options: JudgeOptions) -> None:
         raise ValueError(f"{model} is a folder, and MODEL is a GGUF file: {hint}")
     if not _is_server(model) and not Path(model).is_file():
         raise FileNotFoundError(f"no file {model}: MODEL is a GGUF file or a server's URL")
-    if not _is_server(model):
-        from tract_lite.engines.trial import check_runs
+    # Before anything of them is read in this process.
+    for file in filter(None, (None if _is_server(model) else model, options.spec)):
+        if file == model or Path(file).suffix == ".gguf" and Path(file).is_file():
+            from tract_lite.engines.trial import check_runs
 
-        # Before anything of it is read in this process.
-        check_runs(model, -1 if options.gpu_layers is None else options.gpu_layers)
+            check_runs(file, -1 if options.gpu_layers is None else options.gpu_layers)
 
 
 def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:

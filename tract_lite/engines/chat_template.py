@@ -5,13 +5,12 @@ has little time and memory.
 """
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Mapping
 
+from tract_lite.engines.child import environment
 from tract_lite.spec import CHAT_MESSAGES, CHAT_OPTIONS, chat_date
 
 SECONDS = 20
@@ -26,12 +25,11 @@ def render_chat(template: str, special_tokens: Mapping[str, str]) -> str:
     Raises ValueError: the template fails, or takes too much time or memory.
     """
     script = f"from {__name__} import render_here; render_here()"
-    found = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "PYTHONUTF8": "1"}
     asked = json.dumps([template, dict(special_tokens)])
-    options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": SECONDS, "env": environment}
+    options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": SECONDS, "env": environment()}
     try:
-        done = subprocess.run([sys.executable, "-c", script], input=asked, **options)
+        # Nothing is imported from where the user is.
+        done = subprocess.run([sys.executable, "-P", "-c", script], input=asked, **options)
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"it takes longer than {SECONDS} seconds") from error
     if done.returncode or not done.stdout:
@@ -54,7 +52,8 @@ def render_here() -> None:
         answer = {"fault": f"it takes more than {BYTES >> 20} MiB of memory"}
     except Exception as error:  # whatever a template can do
         line = getattr(error, "lineno", None)
-        answer = {"fault": f"{error or type(error).__name__}{f' in line {line}' if line else ''}"}
+        words = " ".join("".join(filter(str.isprintable, part)) for part in str(error).split())
+        answer = {"fault": f"{words or type(error).__name__}{f' in line {line}' if line else ''}"}
     json.dump(answer, sys.stdout)
 
 

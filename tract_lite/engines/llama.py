@@ -16,7 +16,7 @@ from tract_lite.engines.sampler import jobs_of
 from tract_lite.engines.sequences import Slots
 from tract_lite.engines.task import Answers, Engine, Sample, Task
 from tract_lite.engines.trial import check_runs
-from tract_lite.engines.untrained import check_unasked, untrained_spec
+from tract_lite.engines.untrained import check_unasked, untrained_spec, untrained_spec_at
 from tract_lite.rail import label_log_probabilities
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, SpecSource
@@ -47,8 +47,7 @@ class LlamaEngine(Engine):
     what `default_parallel` gives. `threads`: None for all CPUs in reach. `gpu_layers`: below 0 for
     all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: as in `Context`, such
     as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's own
-    order.
-    A file that was not exported as a judge is tried first, see `check_runs`.
+    order. A file is tried first, see `check_runs`.
     Raises ValueError: not a usable GGUF file, no judge spec, the spec of another vocabulary, or
         `repack` on a processor with AMX.
     Raises RuntimeError: llama.cpp can't hold that much.
@@ -85,8 +84,10 @@ class LlamaEngine(Engine):
         self.identity = {"fingerprint": fingerprint(path), "adapter": fingerprint(adapter) if adapter else None}
         pointer, found = self._adapter(adapter) if adapter else (None, spec_of(self._model))
         asked: dict[str, Any] = {"scale": scale, "template": template, "chat": chat}
-        if spec or found or adapter:
-            check_unasked(adapter or path, **asked)
+        if isinstance(spec, (str, Path)) and not spec_at(spec):
+            spec = untrained_spec_at(spec, **asked) or spec
+        elif spec or found or adapter:
+            check_unasked("this judge" if isinstance(spec, JudgeSpec) else spec or adapter or path, **asked)
         else:
             spec = untrained_spec(self._model, path, **asked)
         self.spec = self._checked(spec, found, adapter or path)

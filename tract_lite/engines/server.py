@@ -70,7 +70,7 @@ class ServerEngine(Engine):
             asked: dict[str, Any] = {"scale": scale, "template": template, "chat": chat}
             self.spec = _chosen(spec, near, spec_at)
             if self.spec is not None:
-                check_unasked(self._http, **asked)
+                check_unasked(f"the judge at {self._http}", **asked)
             else:
                 self.spec = _chosen(spec, near, lambda place: untrained_spec_at(place, **asked))
             if self.spec is None:

@@ -84,8 +84,8 @@ def check_unasked(where: Any, **asked: Any) -> None:
 def _end_id(model: Any, vocabulary: GGUFVocabulary) -> int:
     """The end token that the file names, or else the one by which llama.cpp knows a turn's end."""
     llama = quiet_llama()
-    if metadata(model, "tokenizer.ggml.eos_token_id"):
-        return vocabulary.eos_id
+    if (own := _token_id(model, vocabulary, "eos")) is not None:
+        return own
     found = llama.llama_vocab_eot(llama.llama_model_get_vocab(model))
     if found < 0:
         raise ValueError("this model's file names no end token\ntake another GGUF file of this model")
@@ -93,11 +93,16 @@ def _end_id(model: Any, vocabulary: GGUFVocabulary) -> int:
 
 
 def _own_chat(model: Any) -> str:
-    found = quiet_llama().llama_model_chat_template(model, None)
-    return found.decode("utf-8", "replace") if found else ""
+    return metadata(model, "tokenizer.chat_template") or ""
 
 
 def _special_tokens(model: Any, vocabulary: GGUFVocabulary) -> dict[str, str]:
     """The special tokens that the file itself names, by the names that chat templates have."""
-    found = {name: metadata(model, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-    return {name: vocabulary.pieces([int(number)])[0] for name, number in found.items() if number}
+    found = {name: _token_id(model, vocabulary, key) for name, key in _SPECIAL_TOKENS.items()}
+    return {name: vocabulary.pieces([number])[0] for name, number in found.items() if number is not None}
+
+
+def _token_id(model: Any, vocabulary: GGUFVocabulary, key: str) -> int | None:
+    """A special token's id in the file; None where there is none, or one beyond the vocabulary."""
+    number = metadata(model, f"tokenizer.ggml.{key}_token_id")
+    return int(number) if number and 0 <= int(number) < len(vocabulary) else None

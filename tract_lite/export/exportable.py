@@ -39,8 +39,8 @@ def check_exportable(
 ) -> None:
     """Make sure that a judge trained on a seed model can be exported, before it is trained.
 
-    Takes seconds, and of the seed model (a folder or hub id) its config and tokenizer alone: a few
-    empty layers go through the converter and llama.cpp, see `rehearse`.
+    Takes seconds, or a minute for a large vocabulary. Of the seed model (a folder or hub id) it
+    takes config and tokenizer alone: a few empty layers are converted and run, see `rehearse`.
     `quantization` as for `export_gguf`, `base` as for `merge_adapter`, the others as for
     `train_adapter`. That llama.cpp reads long texts otherwise is a warning.
     Raises ValueError: what would be refused, and what to take in its place: a type, the template,

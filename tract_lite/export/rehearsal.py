@@ -41,21 +41,26 @@ def rehearse(folder: Path, file: Path) -> bool:
     model = _empty(folder)
     count = model.config.get_text_config().num_hidden_layers
     kept = _layers_that_show_all(model, count)
+    fault: ValueError | None = None
     for layers in dict.fromkeys((kept, count)):
         write_json(folder / "config.json", shortened(config, layers, count))
-        model = _empty(folder)
+        try:
+            model = _empty(folder)
+        except Exception:  # whatever transformers says of a config that can't be shortened so
+            continue
         weights = sum(prod(weight.shape) for weight in model.parameters())
-        if layers == kept and not _has_room(folder, weights):
-            write_json(folder / "config.json", config)
-            return False
-        if layers > kept and weights > SMALL:
+        if (layers > kept and weights > SMALL) or not _has_room(folder, weights):
             break
         try:
             _convert_and_run(model, folder, file)
             return True
         except ValueError as error:
             fault = error
-    raise fault
+    if fault:
+        raise fault
+    write_json(folder / "config.json", config)
+    logger.warning("not tried whether llama.cpp runs this seed model")
+    return False
 
 
 def shortened(config: dict[str, Any], layers: int, count: int) -> dict[str, Any]:
@@ -67,11 +72,16 @@ def shortened(config: dict[str, Any], layers: int, count: int) -> dict[str, Any]
             short[key] = layers
         elif key == SHARING and value:
             short[key] = max(0, layers - (count - value))
-        elif isinstance(value, list) and len(value) == count:
+        elif (isinstance(value, list) or _is_pattern(key, value)) and len(value) == count:
             short[key] = value[:layers]
         elif isinstance(value, dict) and value and all(str(part).isdigit() for part in value):
             short[key] = {part: value[part] for part in value if int(part) < layers}
     return config | {"text_config": short} if "text_config" in config else short
+
+
+def _is_pattern(key: str, value: Any) -> bool:
+    """Whether a text has one letter for each layer, as Nemotron-H's has."""
+    return key.endswith("pattern") and isinstance(value, str)
 
 
 def _empty(folder: Path) -> Any:
@@ -108,8 +118,7 @@ def _has_room(folder: Path, weights: int) -> bool:
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(folder).free
     if need < memory and 2 * need < disk:
         return True
-    what = f"that takes {need / GB:.1f} GB of memory and {2 * need / GB:.1f} of disk"
-    logger.warning("not tried whether llama.cpp runs this seed model: %s", what)
+    logger.warning("a few layers take %.1f GB of memory and %.1f of disk, more than is free", need / GB, 2 * need / GB)
     return False
 
 

@@ -20,7 +20,7 @@ def linear_layers(model: Any) -> list[str]:
     """The names of the linear layers inside the text model's blocks.
 
     A Mamba mixer's last projection is none of them: its kernels take the weight and leave out what
-    LoRA adds.
+    LoRA adds. Nor is a Falcon-H1 mixer's first one: llama.cpp's converter makes no adapter of it.
     """
     text = model.get_decoder()
     named = dict(model.named_modules())
@@ -29,7 +29,9 @@ def linear_layers(model: Any) -> list[str]:
     def is_target(name: str, module: Any) -> bool:
         within, _, own = name.rpartition(".")
         in_block = any(part.isdigit() for part in within.removeprefix(start).split("."))
-        passed_by = own == "out_proj" and hasattr(named[within], "A_log") and hasattr(named[within], "D")
+        mixer = named[within]
+        passed_by = own == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+        passed_by |= own == "in_proj" and hasattr(mixer, "ssm_in_multiplier")
         return name.startswith(f"{start}.") and in_block and not passed_by and isinstance(module, torch.nn.Linear)
 
     return [name for name, module in named.items() if is_target(name, module)]
