@@ -93,7 +93,7 @@ GATED_DELTA = {
         "mrope_section": [2, 1, 1],
     },
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 GRANITE_4 = {**MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}
 VISION: dict[str, dict[str, Any]] = {

@@ -67,7 +67,7 @@ def test_a_family_goes_the_whole_way_or_is_refused_before_it_is_trained(tmp_path
         ("Qwen3-MoE", set()),
         ("Gemma-3n", {"altup_projections", "altup_unembed_projections", "per_layer_model_projection"}),
         ("Gemma-4 with vision", {"vision_tower", "embed_vision", "per_layer_model_projection"}),
-        ("Falcon-H1", {"out_proj"}),
+        ("Falcon-H1", {"in_proj", "out_proj"}),
     ],
 )
 def test_lora_is_on_the_linear_layers_of_the_text_models_blocks_alone(tmp_path, name, others):
