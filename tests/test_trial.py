@@ -40,6 +40,7 @@ def judges(shared_once):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(llama_cpp_source()))
     monkeypatch.setenv("TRACT_LITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial, "_ran", set())
 
 
 def without_spec(judge: Path, out: Path) -> Path:
@@ -117,3 +118,19 @@ def test_what_llama_cpp_refuses_in_words_is_left_to_who_loads_it(judges, tmp_pat
         Judge.from_gguf(path, judges["plain_judge"] / "model")
     with pytest.raises(ValueError, match="is not a GGUF file"):
         check_runs(judges["plain_judge"] / "model" / "config.json")
+
+
+@pytest.mark.parametrize("folder", ["a file", "a folder of somebody else's"])
+def test_a_cache_folder_that_can_not_be_written_stops_nobody(judges, tmp_path, monkeypatch, folder):
+    place = tmp_path / "no cache"
+    if folder == "a file":
+        place.write_text("")
+    else:
+        place.mkdir()
+        (place / "runs").write_text("")
+    monkeypatch.setenv("TRACT_LITE_CACHE", str(place))
+    asked, run = [], trial.run_python
+    monkeypatch.setattr(trial, "run_python", lambda arguments: asked.append(arguments) or run(arguments))
+    for _ in range(2):
+        check_runs(judges["plain_judge"] / "judge.gguf")
+    assert len(asked) == 1
