@@ -13,7 +13,7 @@ from typing import Any, ContextManager
 import torch
 import transformers
 from stages import SCALE, make_records
-from tiny import LETTERS, make_byte_level, make_gemma_spm, make_phi_spm, told
+from tiny import LETTERS, SIZES, make_byte_level, make_gemma_spm, make_phi_spm, told
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from tract_lite.data.jsonl import read_json
@@ -46,15 +46,6 @@ BYTE_LEVELS: dict[str, str | None] = {
     **dict.fromkeys(("phi-2", "gpt-2"), None),
 }
 SPM = "SentencePiece"
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 HEADS, TIED = {"head_dim": 16}, {"tie_word_embeddings": True}
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
 GEMMA_2 = {**HEADS, **TIED, "query_pre_attn_scalar": 16}
@@ -190,7 +181,7 @@ def make_seed(family: Family, folder: Path) -> Path:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     # Granite-4's converter rounds it up.
     size = -(-len(tokenizer) // 16) * 16
-    options = {**SIZES, "vocab_size": size, **family.options, **ids}
+    options = {**SIZES, "tie_word_embeddings": False, "vocab_size": size, **family.options, **ids}
     if "hidden_size_per_layer_input" in options:
         options["vocab_size_per_layer_input"] = size
     kind, auto = getattr(transformers, family.config), AutoModelForCausalLM

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import BYTE_LEVEL, told, vocabulary_folder
+from tiny import BYTE_LEVEL, SIZES, told, vocabulary_folder
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,15 +24,7 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
 
 VOCABULARY = "split digits"
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-}
+LARGER = {**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 1024, "tie_word_embeddings": False}
 MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -93,7 +85,7 @@ def make_hybrid(folder: Path, family: str, std: float = 0.2) -> None:
     torch.manual_seed(0)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     model = AutoModelForCausalLM.from_config(
-        HYBRIDS[family](**SIZES, **ids, vocab_size=len(tokenizer)), dtype=torch.float32
+        HYBRIDS[family](**LARGER, **ids, vocab_size=len(tokenizer)), dtype=torch.float32
     )
     spec = hybrid_spec(tokenizer, "the")
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from families import run_forked
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, gguf_weights, make_family, make_phi_spm, make_sentences, make_spm, vocabulary_folder
+from tiny import FAMILIES, SIZES, gguf_weights, make_family, make_phi_spm, make_sentences, make_spm, vocabulary_folder
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -32,22 +32,14 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import make_spec
 
 SCALE = ScoreScale.integers(1, 5)
-SIZES: dict[str, Any] = {
-    "vocab_size": 700,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+SIZED = {**SIZES, "vocab_size": 700}
 export = pytest.mark.export
 
 
 def seed_of(folder: Path, vocabulary: Path, config: Any = None, **changes: Any) -> Path:
     """A folder with a tokenizer and a config, and no weights."""
     shutil.copytree(vocabulary, folder, ignore=shutil.ignore_patterns("*.gguf"))
-    config = config or FAMILIES["llama"](**SIZES, architectures=["LlamaForCausalLM"])
+    config = config or FAMILIES["llama"](**SIZED, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -203,7 +195,7 @@ def test_a_seed_without_linear_layers_is_refused(tmp_path):
 @export
 def test_few_layers_of_a_seed_are_tried_and_nothing_of_it_is_changed(seed, monkeypatch):
     monkeypatch.setattr(converter, "run_python", run_forked)
-    config = FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 9}, architectures=["LlamaForCausalLM"])
+    config = FAMILIES["llama"](**{**SIZED, "num_hidden_layers": 9}, architectures=["LlamaForCausalLM"])
     config.save_pretrained(seed)
     before = {path.name: path.read_bytes() for path in seed.iterdir()}
     tried = []
@@ -216,7 +208,7 @@ def test_few_layers_of_a_seed_are_tried_and_nothing_of_it_is_changed(seed, monke
 @export
 def test_where_few_layers_fail_a_small_seed_is_tried_with_all_of_them(seed, monkeypatch):
     monkeypatch.setattr(converter, "run_python", run_forked)
-    config = FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 4}, architectures=["LlamaForCausalLM"])
+    config = FAMILIES["llama"](**{**SIZED, "num_hidden_layers": 4}, architectures=["LlamaForCausalLM"])
     config.save_pretrained(seed)
     tried = []
 
@@ -270,9 +262,9 @@ def test_all_that_a_config_says_of_single_layers_is_shortened():
 @pytest.mark.parametrize(
     "config, layers",
     [
-        (FAMILIES["llama"](**{**SIZES, "num_hidden_layers": 9}), 2),
-        (Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 13}, head_dim=16), 7),
-        (Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 8}, head_dim=16, mlp_only_layers=[0, 1, 2], num_experts=4), 4),
+        (FAMILIES["llama"](**{**SIZED, "num_hidden_layers": 9}), 2),
+        (Gemma3TextConfig(**{**SIZED, "num_hidden_layers": 13}, head_dim=16), 7),
+        (Qwen3MoeConfig(**{**SIZED, "num_hidden_layers": 8}, head_dim=16, mlp_only_layers=[0, 1, 2], num_experts=4), 4),
     ],
     ids=["all alike", "windows", "experts from the fourth on"],
 )
@@ -293,7 +285,7 @@ def test_an_architecture_or_a_vocabulary_that_the_converter_does_not_know_is_ref
 @export
 def test_a_vocabulary_that_llama_cpp_reads_otherwise_or_breaks_on_is_refused(tmp_path, monkeypatch):
     # The converter writes Gemma's vocabulary without a space before a text, and this one has it.
-    gemma = FAMILIES["gemma2"](**SIZES, head_dim=16, architectures=["Gemma2ForCausalLM"])
+    gemma = FAMILIES["gemma2"](**SIZED, head_dim=16, architectures=["Gemma2ForCausalLM"])
     other = seed_of(tmp_path / "other", vocabulary_folder("spm"), gemma)
     assert "has other tokens from position" in refusal(other)
     train = sentencepiece.SentencePieceTrainer.train
@@ -318,7 +310,7 @@ def test_without_a_package_index_the_next_step_is_said(seed, tmp_path, monkeypat
 
 @export
 def test_a_window_that_llama_cpp_leaves_out_is_a_warning_where_texts_are_longer(tmp_path, caplog):
-    config = FAMILIES["phi3"](**{**SIZES, "vocab_size": 384}, sliding_window=200, pad_token_id=None)
+    config = FAMILIES["phi3"](**{**SIZED, "vocab_size": 384}, sliding_window=200, pad_token_id=None)
     config.architectures = ["Phi3ForCausalLM"]
     seed = seed_of(tmp_path / "seed", make_phi_spm(tmp_path / "spm"), config)
     check_exportable(seed, SCALE, max_length=201)

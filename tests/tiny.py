@@ -62,6 +62,15 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of small models in transformers' words.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 FAMILIES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -222,13 +231,9 @@ def make_family(
     config = FAMILIES[family](
         **{
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
+            **SIZES,
             "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "head_dim": 16,
-            "max_position_embeddings": 512,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": None,

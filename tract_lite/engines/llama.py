@@ -86,9 +86,9 @@ class LlamaEngine(Engine):
         asked: dict[str, Any] = {"scale": scale, "template": template, "chat": chat}
         if isinstance(spec, (str, Path)) and not spec_at(spec):
             spec = untrained_spec_at(spec, **asked) or spec
-        elif spec or found or adapter:
+        elif spec or found:
             check_unasked("this judge" if isinstance(spec, JudgeSpec) else spec or adapter or path, **asked)
-        else:
+        elif not adapter:
             spec = untrained_spec(self._model, path, **asked)
         self.spec = self._checked(spec, found, adapter or path)
         self.context_length = context_length or min(self.spec.max_length, llama.llama_model_n_ctx_train(self._model))
