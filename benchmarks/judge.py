@@ -5,21 +5,26 @@
 
 All ways judge with one model, in one run: each item has a prompt, a sampled reasoning of one
 length, and the full distribution read behind the marker. Every way has a process of its own, and
-its time starts when the model is loaded. Asked besides: what repacked weights bring, and whether
-the engine keeps to the memory of the model file, the cache and, repacked, the second copy. On a
+its time starts when the model is loaded. Asked besides: how fast llama-server is where that program
+is at hand, what a score without a reasoning costs, what repacked weights bring, and whether the
+engine keeps to the memory of the model file, the cache and, repacked, the second copy. On a
 processor with AMX nothing is repacked, since llama.cpp would crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
 import logging
 import re
+import shutil
+import socket
 import statistics
+import subprocess
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +32,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterator, Sequence
 from unittest.mock import patch
 
+import httpx
 import measure
 import numpy as np
 from measure import MB, in_child, table, verdict
@@ -69,10 +75,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Lengths:
-    """In tokens; `shared` is what prompts under one rubric and instruction have in common."""
+    """In tokens; `shared` is what prompts under one rubric and instruction have in common.
+
+    `own`: what a short item has beside it.
+    """
 
     prompt: int = 1000
     shared: int = 600
+    own: int = 40
     reasoning: int = 128
 
     @property
@@ -82,66 +92,78 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Way:
-    """`function` judges; `bar`: how many times as fast as the plain way it has to be."""
+    """`function` judges; `bar`: how many times as fast as `base` (a name) it has to be."""
 
     name: str
     function: str
     n_cot: int = 1
     shares: bool = False
+    short: bool = False
     repack: bool = False
+    base: str = ""
     bar: float | None = None
 
 
 # Judges tasks and returns how many tokens each reasoning has.
 Judging = Callable[[Sequence[Task]], list[int]]
 
-PLAIN = Way("llama-cpp-python, one at a time", "plain")
-PLAIN_8 = Way("llama-cpp-python, prefix cache", "plain", n_cot=8)
+PLAIN, PLAIN_8 = "llama-cpp-python, one at a time", "llama-cpp-python, prefix cache"
+SHORT = "ours, short items under one rubric"
 WAYS = (
-    PLAIN,
-    Way("ours, unrelated prompts", "ours", bar=1.5),
-    Way("ours, one rubric and instruction", "ours", shares=True, bar=2.5),
-    Way("ours, the same, repacked", "ours", shares=True, repack=True),
-    Way("llama-cpp-python with logprobs", "logprobs"),
-    PLAIN_8,
-    Way("ours, 8 reasonings an item", "ours", n_cot=8, bar=2.5),
+    Way(PLAIN, "plain"),
+    Way("llama-cpp-python with logprobs", "logprobs", base=PLAIN),
+    Way("llama-server, unrelated prompts", "server", base=PLAIN),
+    Way("ours, unrelated prompts", "ours", base=PLAIN, bar=2.0),
+    Way("ours, one rubric and instruction", "ours", shares=True, base=PLAIN, bar=3.5),
+    Way("ours, the same, repacked", "ours", shares=True, repack=True, base=PLAIN),
+    Way(PLAIN_8, "plain", n_cot=8),
+    Way("llama-server, 8 reasonings an item", "server", n_cot=8, base=PLAIN_8),
+    Way("ours, 8 reasonings an item", "ours", n_cot=8, base=PLAIN_8, bar=3.0),
+    Way(SHORT, "ours", shares=True, short=True),
+    Way("ours, the same without a reasoning", "ours", n_cot=0, shares=True, short=True, base=SHORT, bar=8.0),
 )
+# How many times as fast as llama-server ours has to be.
+SERVER_BARS = {("ours, unrelated prompts", "llama-server, unrelated prompts"): 1.3}
+SERVER_BARS |= {("ours, 8 reasonings an item", "llama-server, 8 reasonings an item"): 1.5}
+SERVER_SLOTS = 16
 
 
 def make_model(shape: dict[str, int], path: str) -> dict[str, Any]:
-    """Write a random judge as GGUF; its vocabulary is a small one, filled up with unused tokens."""
+    """Write a random judge as GGUF."""
+    with TemporaryDirectory(dir=Path(path).parent) as folder:
+        export_gguf(folder, path, "q4_k_m", write_seed(Path(folder), Shape(**shape)), check=False)
+    return {"peak": measure.peak_memory()}
+
+
+def write_seed(folder: Path, shape: Shape) -> JudgeSpec:
+    """Write a random seed model; its vocabulary is a small one, filled up with unused tokens."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from tract_lite.scale import ScoreScale
     from tract_lite.spec import make_spec
 
-    shape = Shape(**shape)
-    with TemporaryDirectory(dir=Path(path).parent) as folder:
-        _write_vocabulary(Path(folder))
-        config = LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=8192,
-            initializer_range=INITIAL_SPREAD,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        )
-        torch.manual_seed(0)
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-        with torch.no_grad():
-            model.model.norm.weight.fill_(LOGIT_SPREAD / INITIAL_SPREAD / shape.hidden**0.5)
-        model.save_pretrained(folder)
-        del model
-        spec = make_spec(AutoTokenizer.from_pretrained(folder), ScoreScale.integers(1, 5))
-        export_gguf(folder, path, "q4_k_m", spec, check=False)
-    return {"peak": measure.peak_memory()}
+    _write_vocabulary(folder)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        initializer_range=INITIAL_SPREAD,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(LOGIT_SPREAD / INITIAL_SPREAD / shape.hidden**0.5)
+    model.save_pretrained(folder)
+    return make_spec(AutoTokenizer.from_pretrained(folder), ScoreScale.integers(1, 5))
 
 
 def _write_vocabulary(folder: Path) -> None:
@@ -178,10 +200,12 @@ def make_tasks(way: Way, lengths: Lengths, vocabulary: int, items: int) -> list[
     shared = rng.integers(FIRST_ID, vocabulary, lengths.shared).tolist()
     tasks = []
     for number in range(items):
-        prompt = [1, *rng.integers(FIRST_ID, vocabulary, lengths.prompt - 1).tolist()]
+        length = lengths.shared + lengths.own if way.short else lengths.prompt
+        prompt = [1, *rng.integers(FIRST_ID, vocabulary, length - 1).tolist()]
         if way.shares:
             prompt[1 : len(shared)] = shared[1:]
-        tasks.append(Task(prompt, [way.n_cot * number + n for n in range(way.n_cot)]))
+        seeds = [way.n_cot * number + n for n in range(way.n_cot)]
+        tasks.append(Task(prompt, seeds) if seeds else Task.direct(prompt))
     return tasks
 
 
@@ -194,17 +218,19 @@ def judge(
     threads: int,
     parallel: int,
     amx: bool,
+    server: str,
 ) -> dict[str, Any]:
     """Judge some items one way: seconds, peak memory, tokens written, the sizes of buffers.
 
-    `amx`: whether the processor has it.
+    `amx`: whether the processor has it. `server`: the program llama-server.
     """
     way, lengths = Way(**way), Lengths(**lengths)
     buffers = _record_buffers()
     spec = read_spec(path)
     spec = replace(spec, sampling=replace(spec.sampling, max_new_tokens=lengths.reasoning))
-    run = {"ours": _ours, "plain": _plain, "logprobs": _logprobs}[way.function](
-        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack, amx=amx
+    functions = {"ours": _ours, "plain": _plain, "logprobs": _logprobs, "server": _server}
+    run = functions[way.function](
+        path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack, amx=amx, server=server
     )
     tasks = make_tasks(way, lengths, vocabulary, items)
     run([Task([1, FIRST_ID], [0])])
@@ -281,6 +307,29 @@ def _logprobs(path: str, spec: JudgeSpec, length: int, threads: int, amx: bool, 
     return run
 
 
+def _server(path: str, spec: JudgeSpec, length: int, threads: int, amx: bool, server: str, **_: Any) -> Judging:
+    """llama-server with 16 slots, each as long as ours, asked by the package's own client."""
+    from tract_lite.engines.server import ServerEngine
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    sizes = f"-np {SERVER_SLOTS} -c {SERVER_SLOTS * length} -t {threads} -tb {threads} --port {port}"
+    command = [server, "-m", path, "--host", "127.0.0.1", *sizes.split(), *["--no-repack"] * amx]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(process.kill)
+    url = f"http://127.0.0.1:{port}"
+    while process.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").is_success:
+                break
+        time.sleep(0.2)
+    else:
+        raise RuntimeError(f"{server} ended with exit code {process.returncode}")
+    engine = ServerEngine(url, spec=spec, vocabulary=path, parallel=SERVER_SLOTS, timeout=600)
+    return lambda tasks: [len(sample.reasoning) for _, samples in engine.run(tasks) for sample in samples]
+
+
 def open_llama(path: str, length: int, threads: int, spec: JudgeSpec, amx: bool, **options: Any) -> Any:
     """llama-cpp-python's own model: as it comes, but for repacked weights where `amx`."""
     from llama_cpp import Llama
@@ -328,6 +377,7 @@ class Comparison:
         self.threads = options.threads
         self.parallel = options.parallel or default_parallel(self.lengths.all, self.shape.token_bytes)
         self.amx = has_amx()
+        self.server = shutil.which(options.llama_server) or ""
         self.failures: list[str] = []
 
     def show(self) -> None:
@@ -340,11 +390,14 @@ class Comparison:
             f"{shape.layers} layers, vocabulary {shape.vocabulary:,}\n"
             f"prompts of {lengths.prompt:,} tokens, reasonings of {lengths.reasoning}, "
             f"{self.parallel} sequences at once; the bars are for the default sizes on two "
-            "cores\n",
+            "cores",
             flush=True,
         )
+        if self.amx:
+            print("this processor has AMX, with which llama.cpp crashes: no way has repacked weights (extra buffers)")
+        print()
         results = {way: self.measure(way, path) for way in WAYS}
-        print(f"\n{self.speed_table(results)}")
+        print(f"\n{self.speed_table(results)}\n{self.server_lines(results)}")
         print(f"\nMemory in MB; at most {MEMORY_ALLOWANCE / MB:g} more than the parts named\n")
         print(self.memory_table(results))
         print("".join(f"\n{failure}" for failure in self.failures), end="")
@@ -365,6 +418,8 @@ class Comparison:
         """What `judge` measures and the `speed`, or `missing`: why there is nothing, in a word."""
         if way.repack and self.amx:
             return {"missing": "crashes with AMX"}
+        if way.function == "server" and not self.server:
+            return {"missing": "no llama-server"}
         result = in_child(
             __file__,
             {
@@ -377,6 +432,7 @@ class Comparison:
                 "threads": self.threads,
                 "parallel": self.parallel,
                 "amx": self.amx,
+                "server": self.server,
             },
         )
         if "error" in result:
@@ -386,18 +442,19 @@ class Comparison:
         return {**result, "speed": 60 * self.items(way) / result["seconds"]}
 
     def items(self, way: Way) -> int:
-        """As many as fill all sequences of the engine once; fewer in the slow ways."""
-        if way.function == "ours":
-            return max(1, self.parallel // way.n_cot)
+        """As many as fill all sequences once; fewer in the slow ways."""
+        if way.function in ("ours", "server"):
+            return max(1, (self.parallel if way.function == "ours" else SERVER_SLOTS) // max(1, way.n_cot))
         return 1 if way.n_cot > 1 else 3
 
     def speed_table(self, results: dict[Way, dict[str, Any]]) -> str:
         rows = []
+        speeds = {way.name: result.get("speed") for way, result in results.items()}
         for way, result in results.items():
             if missing := result.get("missing"):
                 rows.append([way.name, str(way.n_cot), missing, *[""] * 4])
                 continue
-            plain = results[PLAIN if way.n_cot == 1 else PLAIN_8].get("speed")
+            base = speeds.get(way.base)
             rows.append(
                 [
                     way.name,
@@ -405,11 +462,17 @@ class Comparison:
                     str(self.items(way)),
                     f"{result['written']:.0f}",
                     f"{result['speed']:.2f}",
-                    _times(result["speed"], plain, way.bar),
+                    _times(result["speed"], base, way.bar),
                     f"{result['peak'] / MB:,.0f}",
                 ]
             )
-        return table(["way", "n_cot", "items", "tokens written", "items/min", "x plain", "peak MB"], rows)
+        return table(["way", "n_cot", "items", "tokens written", "items/min", "times", "peak MB"], rows)
+
+    def server_lines(self, results: dict[Way, dict[str, Any]]) -> str:
+        """How ours compares with llama-server."""
+        speeds = {way.name: result.get("speed") for way, result in results.items()}
+        pairs = [(ours, speeds[ours], speeds[theirs], bar) for (ours, theirs), bar in SERVER_BARS.items()]
+        return "\n".join(f"{ours}: {_times(s, base, bar)} x llama-server" for ours, s, base, bar in pairs if s and base)
 
     def memory_table(self, results: dict[Way, dict[str, Any]]) -> str:
         rows = []
@@ -440,6 +503,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parallel", type=int, help="of the engine, its own choice by default")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="of every way")
+    parser.add_argument("--llama-server", default="llama-server", metavar="PATH", help="the program, to compare with")
     parser.add_argument("--smallest", action="store_true", help="a tiny model, few tokens")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

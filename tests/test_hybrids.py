@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite.engines import llama as engine_module
 from tract_lite.engines.context import Context, memory_bytes
-from tract_lite.engines.llama import LlamaEngine
+from tract_lite.engines.llama import MAX_PARALLEL, LlamaEngine
 from tract_lite.engines.llama_cpp import load_model, quiet_llama
 from tract_lite.engines.task import Task
 from tract_lite.engines.transformers import TransformersEngine
@@ -52,6 +52,13 @@ def make_tasks(engine: Any, count: int, n_cot: int | None = None) -> list[Task]:
     ]
 
 
+def mixed_tasks(engine: Any) -> list[Task]:
+    """Ten tasks of 19 samples in all, half of them asked directly as well, before and after."""
+    tasks = make_tasks(engine, 10)
+    direct = [Task.direct(task.prompt) for task in tasks]
+    return [*direct[:3], *tasks, *direct[2:5]]
+
+
 def shares(answer: Any) -> np.ndarray:
     """The probabilities of each sample's labels, relative to their sum."""
     rows = np.exp([sample.label_log_probabilities for sample in answer])
@@ -64,11 +71,11 @@ def reasonings(answer: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """The answers of transformers, one sequence at a time, to 10 tasks of 19 samples in all."""
+    """The answers of transformers, one sequence at a time, to `mixed_tasks`."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     engine = TransformersEngine(model, tokenizer, JudgeSpec.load(folder / "model"), batch_size=1)
-    return dict(engine.run(make_tasks(engine, 10)))
+    return dict(engine.run(mixed_tasks(engine)))
 
 
 @pytest.fixture
@@ -103,7 +110,8 @@ def decoded(monkeypatch):
 @pytest.mark.parametrize("parallel", [1, 3, 33])
 def test_reasonings_and_scores_are_those_of_transformers(folder, reference, endings, parallel):
     with LlamaEngine(folder / "judge.gguf", parallel=parallel, **EXACT) as engine:
-        answers = dict(engine.run(make_tasks(engine, 10)))
+        answers = dict(engine.run(mixed_tasks(engine)))
+    assert [index for index in answers if reasonings(answers[index]) == [[]]] != []
     assert {index: reasonings(answers[index]) for index in answers} == {i: reasonings(reference[i]) for i in reference}
     for index, answer in answers.items():
         np.testing.assert_allclose(shares(answer), shares(reference[index]), atol=1e-4)
@@ -134,7 +142,7 @@ def test_twenty_records_with_three_reasonings_are_judged_alike_alone_and_togethe
     for parallel in (None, 1):
         with Judge.from_gguf(qwen / "judge.gguf", parallel=parallel, **EXACT) as judge:
             judgements.append(list(judge.score_many(records, n_cot=3)))
-            assert judge.engine.shape["parallel"] == (parallel or 32)
+            assert judge.engine.shape["parallel"] == (parallel or MAX_PARALLEL)
     for together, alone in zip(*judgements, strict=True):
         assert not together.error and together.feedback_ids == alone.feedback_ids
         assert together.score / together.mass == pytest.approx(alone.score / alone.mass, abs=1e-4)

@@ -314,7 +314,8 @@ def long_tasks(trained):
     tasks, logits, probabilities = [], [], []
     for number in range(16):
         length = (*LENGTHS, 2000, 1000, 700, 300, 50)[number % 10]
-        reasoning = [rng.randrange(3, 384) for _ in range(number)]
+        # The first and the last score are read without one.
+        reasoning = [rng.randrange(3, 384) for _ in range(number % 15)]
         tasks.append(Task(topic_prompt(rng, length, number % 5), [number], [reasoning]))
         row = reference_logits(model, [*tasks[-1].prompt, *reasoning, *spec.marker_ids])
         logits.append(row[list(spec.label_ids)].numpy())
@@ -385,10 +386,11 @@ def test_all_prompts_are_read_before_their_reasonings_are_sampled_together(path,
     with open_engine(path, brief, parallel=8, context_length=500) as engine:
         tasks = make_tasks(engine, 8, words=100)
         assert len(list(engine.run(tasks))) == 8
-    first = next(number for number, batch in enumerate(batches) if len(batch) == 8)
+    first = next(number for number, batch in enumerate(batches) if [*batch.values()] == [1] * 8)
     assert first >= sum(len(task.prompt) for task in tasks) // 512 > 1
     assert all(count > 1 for batch in batches[:first] for count in batch.values())
-    assert len(batches) - first <= 5 + len(spec.marker_ids) + 1
+    # The last ids of a prompt may be read beside the sampling.
+    assert len(batches) - first <= 5 + len(spec.marker_ids) + 2
 
 
 def interleaved_tasks(n_cot: int) -> list[Task]:
@@ -438,15 +440,15 @@ def test_a_run_tells_its_shape(path):
 def test_where_it_is_left_open_parallel_follows_from_the_size_of_the_cache(path):
     of_8_billion, of_1_billion = 4 * 32 * 8 * 128, 4 * 16 * 8 * 64
     lengths = (256, 1152, 3000, 100_000)
-    assert [default_parallel(length, of_8_billion) for length in lengths] == [32, 26, 10, 1]
-    assert [default_parallel(length, of_1_billion) for length in lengths] == [32, 32, 32, 1]
+    assert [default_parallel(length, of_8_billion) for length in lengths] == [64, 26, 10, 1]
+    assert [default_parallel(length, of_1_billion) for length in lengths] == [64, 64, 40, 1]
     # What a sequence takes at any length counts as well.
     assert [default_parallel(length, of_8_billion, 10**8) for length in lengths] == [29, 15, 8, 1]
     model = load_model(path)
     assert cache_bytes(model) == 4 * 2 * 2 * 16  # layers, heads of keys and values, their size
     quiet_llama().llama_model_free(model)
     with LlamaEngine(path, threads=1, context_length=100) as engine:
-        assert engine.shape["parallel"] == 32
+        assert engine.shape["parallel"] == 64
         assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40
 
 
