@@ -34,21 +34,21 @@ OURS_CE, TORCH_CE = "cot_raft_loss, raft_weight 0", "linear_cross_entropy, same 
 
 
 def random_example(ids: torch.Tensor, supervised: int) -> dict[str, torch.Tensor]:
-    """What `cot_raft_loss` needs to know of one sequence of random ids (1, T).
+    """What `cot_raft_loss` needs to know of sequences of random ids (B, T).
 
     The last `supervised` tokens are learnt; the last but one is the score token.
     """
-    tokens = ids.shape[1]
+    count, tokens = ids.shape
     score_ids = torch.arange(len(SCORE_VALUES), device=ids.device)
     labels = ids.clone()
     labels[:, -2] = score_ids[3]
     labels[:, : tokens - supervised] = IGNORE_INDEX
     return {
         "labels": labels,
-        "score_positions": torch.tensor([tokens - 2], device=ids.device),
+        "score_positions": torch.full((count,), tokens - 2, device=ids.device),
         "score_token_ids": score_ids,
         "score_values": torch.tensor(SCORE_VALUES, device=ids.device),
-        "targets": torch.tensor([SCORE_VALUES[3]], device=ids.device),
+        "targets": torch.full((count,), SCORE_VALUES[3], device=ids.device),
     }
 
 

@@ -87,7 +87,7 @@ def write_checkpoint(model: str, folder: str, **changes: Any) -> dict[str, Any]:
         dtype, _ = pick_dtype()
         skeleton = make_skeleton(model, dtype, **changes)
         skeleton.config.save_pretrained(folder)
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
         _write_weights(skeleton, dtype, Path(folder))
     if not torch.cuda.is_available():
         return {"gpu": "no GPU", "gpu_bytes": 0}
@@ -160,7 +160,7 @@ def _in_4bit(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {part: value.cpu() for part, value in {name: packed, **parts}.items()}
 
 
-def _write_tokenizer(folder: str) -> None:
+def write_tokenizer(folder: str) -> None:
     """A vocabulary of single bytes: the ids of the benchmark are random, nothing is encoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -50,6 +50,14 @@ def quiet_again() -> Iterator[None]:
     logging.getLogger("tract_lite").setLevel(logging.NOTSET)
 
 
+@pytest.fixture
+def float32_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without units for bfloat16, so that scores hold to many digits."""
+    from tract_lite.training import precision
+
+    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def shared_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`shared_once(name, make)`: a folder that `make(folder)` has filled, once for all workers.

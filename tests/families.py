@@ -245,7 +245,8 @@ def whole_way(seed: Path, folder: Path) -> tuple[Parity, float]:
     records = make_records(8)
     settings = TrainSettings(max_steps=2, batch_size=4, micro_batch_size=2, learning_rate=1e-2)
     sampling = Sampling(max_new_tokens=16)
-    options: dict[str, Any] = {"precision": "float32", "max_length": 512, "sampling": sampling}
+    options: dict[str, Any] = {"load_in_4bit": True, "precision": "float32"}
+    options |= {"max_length": 512, "sampling": sampling}
     adapter = train_adapter(records, folder / "run", seed_model=seed, scale=SCALE, settings=settings, **options)
     file = folder / "judge.gguf"
     if read_json(seed / "config.json")["model_type"] in HYBRIDS:

@@ -40,9 +40,14 @@ def make_records(count: int = 10, seed: int = 0) -> list[Record]:
     return records
 
 
+def load_exact(seed_model: Path, in_4bit: bool = False) -> tuple[Any, Any]:
+    """The seed model and its tokenizer, computing in float32 whatever the processor can do."""
+    return load_seed(seed_model, in_4bit, backend="transformers", precision="float32")
+
+
 def load(seed_model: Path) -> tuple[Any, Any, JudgeSpec]:
     """The seed model with a new adapter, its tokenizer, and a spec."""
-    model, tokenizer = load_seed(seed_model, False, backend="transformers")
+    model, tokenizer = load_exact(seed_model)
     return add_lora(model), tokenizer, make_spec(tokenizer, SCALE, max_length=128)
 
 

@@ -154,7 +154,7 @@ def test_training_reports_time_and_memory_of_every_way(training_output):
     assert number(plain[6]) == 1 and 0 < number(ours[6]) < 1
 
 
-def test_a_step_of_training_has_its_time_and_memory_with_either_loss(load, tmp_path):
+def test_a_step_of_training_has_its_time_and_memory_with_either_loss(load, tmp_path, float32_cpu):
     train_gpu = load("train_gpu")
     train_gpu.write_checkpoint("tiny", str(tmp_path))
     plain, ours = (train_gpu.train(variant, str(tmp_path), 256, 51, 1) for variant in ("plain", "transformers"))
@@ -182,6 +182,16 @@ def test_the_random_models_have_the_size_of_the_real_ones(load, model, count):
     assert sum(parameter.numel() for parameter in skeleton.parameters()) == count
 
 
+def test_training_on_a_cpu_computes_the_same_in_every_precision(load, monkeypatch, capsys):
+    train_cpu = load("train_cpu")
+    monkeypatch.setitem(train_cpu.SHAPES, "toy", (64, 128, 1, 4, 2, 300, 2, 32))
+    train_cpu.compare("toy", repeats=1)
+    [rows] = read_tables(capsys.readouterr().out)
+    losses = [number(loss) for loss, _ in rows.values()]
+    assert [*rows] == [*train_cpu.WAYS] and losses == pytest.approx([losses[-1]] * len(losses), rel=0.02)
+    assert all(number(speed) > 0 for _, speed in rows.values())
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_checkpoint_is_in_4_bits_but_for_embeddings_and_head(load, family, monkeypatch, tmp_path):
     from bitsandbytes.functional import dequantize_4bit
@@ -190,7 +200,7 @@ def test_the_checkpoint_is_in_4_bits_but_for_embeddings_and_head(load, family, m
     tiny = {**train_gpu.SHAPES["tiny"], "model_type": family}
     monkeypatch.setitem(train_gpu.SHAPES, "tiny", tiny)
     train_gpu.write_checkpoint("tiny", str(tmp_path))
-    model, _ = load_seed(tmp_path, backend="transformers")
+    model, _ = load_seed(tmp_path, True, backend="transformers")
     assert model.config.model_type == family
     for name, parameter in model.named_parameters():
         weight = parameter
@@ -425,7 +435,7 @@ def test_each_way_judges_with_and_without_amx(load, path, function):
     way = judge.Way("this", function)
     for amx in (True, False):
         figures = judge.judge(
-            judge.asdict(way), {"prompt": 20, "shared": 10, "reasoning": 4}, 300, str(path), 2, 1, 2, amx
+            judge.asdict(way), {"prompt": 20, "shared": 10, "reasoning": 4}, 300, str(path), 2, 1, 2, amx, ""
         )
         assert 0 < figures["written"] <= 4 and figures["seconds"] > 0 and figures["peak"] > figures["file"] > 0
         assert function != "ours" or any("KV" in name for name in figures["buffers"])
@@ -437,11 +447,27 @@ def test_the_repacked_way_is_left_out_with_amx_and_asked_for_without(load, path,
     result = {"seconds": 1.0, "written": 8.0, "peak": 9, "file": 1, "buffers": {"CPU KV": 2.0}}
     monkeypatch.setattr(judge, "has_amx", lambda: amx)
     monkeypatch.setattr(judge, "in_child", lambda _, job: jobs.append(job) or result)
-    comparison = judge.Comparison(Namespace(smallest=True, parallel=8, threads=1))
+    comparison = judge.Comparison(Namespace(smallest=True, parallel=8, threads=1, llama_server=""))
     results = {way: comparison.measure(way, path) for way in judge.WAYS}
-    assert [job["amx"] for job in jobs] == [amx] * (7 - amx)
+    assert [job["amx"] for job in jobs] == [amx] * (9 - amx)
     assert sum(job["way"]["repack"] for job in jobs) == 1 - amx
     speeds, memory = read_tables(f"{comparison.speed_table(results)}\n\n{comparison.memory_table(results)}")
-    assert len(speeds) == 7 and len(memory) == 4 - amx
+    assert len(speeds) == 11 and len(memory) == 6 - amx
+    assert speeds["llama-server, unrelated prompts"][1] == "no llama-server"
     assert (speeds["ours, the same, repacked"][1] == "crashes with AMX") == amx
-    assert sum("bar" in row[4] for row in speeds.values()) == 3
+    assert sum("bar" in row[4] for row in speeds.values()) == 4
+
+
+@pytest.mark.parametrize("choice", [{}, {"flash": True}, {"apart": False, "prompts": 2}])
+def test_a_pass_of_each_kind_is_measured(load, path, choice):
+    decode = load("decode")
+    row = decode.Row("this", sequences=4, **choice)
+    figures = decode.run(decode.asdict(row), str(path), 20, 1)
+    assert min(figures.values()) > 0
+    assert figures.keys() == {"read", "step", "alone", "peak"}
+
+
+def test_a_row_that_would_crash_with_amx_is_named_and_not_run(load, monkeypatch, tmp_path):
+    decode = load("decode")
+    monkeypatch.setattr(decode, "has_amx", lambda: True)
+    assert decode._measured(decode.Row("this", repack=True), tmp_path, 20, 1)[1] == "crashes with AMX"

@@ -14,6 +14,7 @@ import torch
 from judges import adapters_on, base_model, make_adapter, seed_models
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from stages import load_exact
 from tiny import FAMILIES, load_tokenizer, make_family, vocabulary_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -21,7 +22,7 @@ from tract_lite.data.places import content_of
 from tract_lite.export import merge
 from tract_lite.export.merge import merge_adapter
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.seed_model import load_adapter, load_seed
+from tract_lite.training.seed_model import load_adapter
 
 VARIANTS = {
     "plain": {},
@@ -83,7 +84,7 @@ def test_scales_and_patterns_are_read_as_by_peft(seeds, tmp_path, variant):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_a_merge_onto_4_bits_gives_the_judge_that_was_trained(seeds, adapters, tmp_path, family):
-    trained = load_adapter(load_seed(seeds[family], backend="transformers")[0], adapters[family])
+    trained = load_adapter(load_exact(seeds[family], in_4bit=True)[0], adapters[family])
     expected = logits_of(trained)
     merged = merge_adapter(seeds[family], adapters[family], tmp_path / "merged")
     ours = farthest(logits_of(base_model(merged)), expected)
@@ -96,7 +97,7 @@ def test_a_merge_onto_4_bits_gives_the_judge_that_was_trained(seeds, adapters, t
 @pytest.fixture
 def four_bits(seeds, tmp_path):
     """The Llama seed as bitsandbytes saves it."""
-    model, tokenizer = load_seed(seeds["llama"], backend="transformers")
+    model, tokenizer = load_exact(seeds["llama"], in_4bit=True)
     model.save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
@@ -104,7 +105,7 @@ def four_bits(seeds, tmp_path):
 
 def test_a_seed_saved_in_4_bits_merges_too(four_bits, adapters, tmp_path):
     assert any(name.endswith("absmax") for name in load_file(four_bits / "model.safetensors"))
-    expected = logits_of(load_adapter(load_seed(four_bits, backend="transformers")[0], adapters["llama"]))
+    expected = logits_of(load_adapter(load_exact(four_bits, in_4bit=True)[0], adapters["llama"]))
     merged = merge_adapter(four_bits, adapters["llama"], tmp_path / "merged")
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
@@ -122,7 +123,7 @@ def test_layers_that_a_4_bit_seed_keeps_in_16_bits_are_merged_as_they_are(seeds,
     seed = tmp_path / "llama"
     model.save_pretrained(seed)
     AutoTokenizer.from_pretrained(seeds["llama"]).save_pretrained(seed)
-    expected = logits_of(load_adapter(load_seed(seed, backend="transformers")[0], adapters["llama"]))
+    expected = logits_of(load_adapter(load_exact(seed, in_4bit=True)[0], adapters["llama"]))
     merged = merge_adapter(seed, adapters["llama"], tmp_path / "merged")
     assert farthest(logits_of(base_model(merged)), expected) < 1e-4
 
@@ -149,6 +150,20 @@ def test_shards_load_back(seeds, adapters, tmp_path, monkeypatch, base):
     found = base_model(shards).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_is_merged_onto_weights_as_it_was_trained_on(seeds, adapters, tmp_path):
+    spec = JudgeSpec.load(adapters["llama"])
+    layer, found = "model.layers.0.mlp.up_proj.weight", {}
+    for in_4bit in (None, True, False):
+        adapter = shutil.copytree(adapters["llama"], tmp_path / f"adapter {in_4bit}")
+        replace(spec, method={} if in_4bit is None else {"load_in_4bit": in_4bit}).save(adapter)
+        for base in ("4bit", "16bit"):
+            merged = merge_adapter(seeds["llama"], adapter, tmp_path / f"{base} {in_4bit}", base=base)
+            found[base, in_4bit] = base_model(merged).state_dict()[layer]
+    own = found["16bit", True]
+    assert all(torch.equal(found[how], own) for how in (("16bit", None), ("16bit", False), ("4bit", False)))
+    assert torch.equal(found["4bit", None], found["4bit", True]) and not torch.equal(found["4bit", True], own)
 
 
 def test_types_may_be_mixed_within_a_shard(seeds, adapters, tmp_path):

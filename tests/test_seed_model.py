@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -19,17 +16,16 @@ import pytest
 import torch
 from judges import randomise, seed_models
 from peft import LoraConfig, get_peft_model
-from stages import SCALE, make_records, small_seed_model, trained_weights
+from stages import SCALE, load_exact, small_seed_model
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tract_lite import estimate
 from tract_lite.judge import Judge
 from tract_lite.record import Record
 from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
 from tract_lite.training.layers import head_options, lm_head_weight
-from tract_lite.training.precision import pick_dtype
+from tract_lite.training.precision import BFLOAT16_UNITS, has_bfloat16_units, pick_4bit, pick_dtype
 from tract_lite.training.seed_model import (
     HIDDEN_STATES_SWITCH,
     IMPORT_SWITCHES,
@@ -43,7 +39,6 @@ from tract_lite.training.seed_model import (
     longest_sequence,
     open_seed_model,
 )
-from tract_lite.training.settings import TrainSettings
 
 plain_families = pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 
@@ -108,19 +103,57 @@ def test_a_card_without_kernels_is_refused_before_anything_is_loaded(monkeypatch
         load_seed(tmp_path / "nothing here")
 
 
+def pretend_cpu(monkeypatch, units: set[str], has_onednn: bool = True) -> None:
+    """A machine without CUDA, whose CPU has these units and no others for bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    known = {"avx2": True, "l2_cache_size": 1024, **{name: name in units for name in BFLOAT16_UNITS}}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+
+
+@pytest.mark.parametrize(
+    "units, has_onednn, expected",
+    [
+        (set(), True, torch.float32),
+        *(({name}, True, torch.bfloat16) for name in BFLOAT16_UNITS),
+        ({"bf16"}, False, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_where_it_has_units_for_it(small, monkeypatch, units, has_onednn, expected):
+    pretend_cpu(monkeypatch, units, has_onednn)
+    assert has_bfloat16_units() == (expected == torch.bfloat16)
+    name = str(expected).removeprefix("torch.")
+    assert name in pick_dtype()[1]
+    model, _, spec = open_seed_model(small, SCALE, max_length=96)
+    assert compute_dtype(model) == model.model.layers[0].mlp.up_proj.weight.dtype == expected
+    assert spec.method == {"load_in_4bit": False, "precision": name}
+    adapter = [weight for weight in add_lora(model).parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in adapter} == {torch.float32}
+
+
+def test_an_older_torch_that_does_not_tell_its_cpu_s_units_computes_in_float32(monkeypatch):
+    pretend_cpu(monkeypatch, set(BFLOAT16_UNITS))
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert pick_dtype()[0] == torch.float32
+
+
+def test_weights_are_in_4_bits_on_a_gpu_alone_unless_asked(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert (pick_4bit(), pick_4bit(True), pick_4bit(False)) == (there, True, False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-def test_the_cpu_computes_in_float32_unless_asked(seeds):
-    model, _ = load_seed(seeds["llama"], False)
-    assert compute_dtype(model) == torch.float32
-    model, _ = load_seed(seeds["llama"], False, precision="bfloat16")
-    assert compute_dtype(model) == torch.bfloat16
+def test_the_cpu_computes_in_what_it_is_asked_for(small):
+    for precision in ("float32", "bfloat16"):
+        assert compute_dtype(load_seed(small, precision=precision)[0]) == getattr(torch, precision)
     for precision, words in (("float16", "needs a GPU"), ("int8", "must be one of")):
         with pytest.raises(ValueError, match=words):
-            load_seed(seeds["llama"], False, precision=precision)
+            load_seed(small, precision=precision)
 
 
 def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):
-    model, tokenizer = load_seed(seeds["llama"], backend="transformers")
+    model, tokenizer = load_exact(seeds["llama"], in_4bit=True)
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {"Linear4bit"}
     assert type(model.get_output_embeddings()) is torch.nn.Linear
@@ -158,7 +191,7 @@ def test_a_folder_that_is_no_whole_model_is_told_by_name(small, tmp_path, spoil,
         else:
             (folder / name).write_text(text)
     with pytest.raises(ValueError, match=words) as told:
-        load_seed(folder, False, backend="transformers")
+        load_exact(folder)
     assert str(folder) in str(told.value) and len(str(told.value).splitlines()) <= 2
 
 
@@ -213,7 +246,7 @@ def test_a_model_that_the_hub_does_not_give_is_told_with_the_next_step(tmp_path)
 @plain_families
 @pytest.mark.parametrize("in_4bit", [True, False])
 def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained(seeds, family, in_4bit):
-    model, _ = load_seed(seeds[family], in_4bit, backend="transformers")
+    model, _ = load_exact(seeds[family], in_4bit)
     linear_layers = {
         name
         for name, module in model.named_modules()
@@ -231,21 +264,19 @@ def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else_is_trained
 
 
 def test_rank_and_alpha_are_those_asked_for(seeds):
-    model = add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], rank=4, alpha=12)
+    model = add_lora(load_exact(seeds["llama"])[0], rank=4, alpha=12)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.lora_A["default"].weight.shape[0] == 4 and layer.scaling["default"] == 3
 
 
 def test_the_same_random_seed_gives_the_same_adapter(seeds):
-    first, second = (
-        add_lora(load_seed(seeds["llama"], False, backend="transformers")[0], seed=7).state_dict() for _ in range(2)
-    )
+    first, second = (add_lora(load_exact(seeds["llama"])[0], seed=7).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
 
 
 @plain_families
 def test_a_fresh_adapter_changes_nothing(seeds, family, batch):
-    model, _ = load_seed(seeds[family], backend="transformers")
+    model, _ = load_exact(seeds[family], in_4bit=True)
     with torch.no_grad():
         before = model(*batch).logits
         after = add_lora(model).eval()(*batch).logits
@@ -254,7 +285,7 @@ def test_a_fresh_adapter_changes_nothing(seeds, family, batch):
 
 @plain_families
 def test_hidden_states_are_those_before_the_vocabulary_projection(seeds, family, batch):
-    model, _ = load_seed(seeds[family], False, backend="transformers")
+    model, _ = load_exact(seeds[family])
     with torch.no_grad():
         ours = hidden_states(model, *batch)
         theirs = model.model(*batch).last_hidden_state
@@ -268,7 +299,7 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
     gradients = []
     direction = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
     for checkpointing in (True, False):
-        model, _ = load_seed(seeds["llama"], backend="transformers")
+        model, _ = load_exact(seeds["llama"], in_4bit=True)
         model = add_lora(model, gradient_checkpointing=checkpointing).train()
         (hidden_states(model, *batch) * direction).sum().backward()
         gradients.append(
@@ -277,6 +308,15 @@ def test_hidden_states_carry_a_gradient_through_gradient_checkpointing(seeds, ba
     assert all(gradient.isfinite().all() for gradient in gradients[0].values())
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
     torch.testing.assert_close(*gradients)
+
+
+def test_nothing_that_is_frozen_or_below_the_first_adapter_gets_a_gradient(seeds, batch):
+    model = add_lora(load_exact(seeds["llama"])[0], gradient_checkpointing=False).train()
+    embedded: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1]))
+    hidden_states(model, *batch).sum().backward()
+    assert [tensor.requires_grad for tensor in embedded] == [False]
+    assert {weight.grad is None for weight in model.parameters() if not weight.requires_grad} == {True}
 
 
 @pytest.mark.parametrize(
@@ -300,11 +340,11 @@ def test_what_a_model_does_with_its_logits_is_known(kind, softcap, scale, batch)
 
 
 def test_a_saved_adapter_gives_the_same_model_back(seeds, batch, tmp_path):
-    model = add_lora(load_seed(seeds["llama"], backend="transformers")[0])
+    model = add_lora(load_exact(seeds["llama"], in_4bit=True)[0])
     with torch.no_grad():
         expected = randomise(model).eval()(*batch).logits
         model.save_pretrained(tmp_path)
-        loaded = load_adapter(load_seed(seeds["llama"], backend="transformers")[0], tmp_path)
+        loaded = load_adapter(load_exact(seeds["llama"], in_4bit=True)[0], tmp_path)
         ours = loaded(*batch).logits
     assert not loaded.training
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
@@ -315,7 +355,7 @@ def test_judging_with_a_4_bit_seed_changes_no_later_gradient(seeds, batch):
     direction = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
     gradients = []
     for judged in (False, True):
-        model = add_lora(load_seed(seeds["llama"], backend="transformers")[0])
+        model = add_lora(load_exact(seeds["llama"], in_4bit=True)[0])
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.01)
@@ -345,7 +385,7 @@ def one_process():
 
 
 def test_a_model_of_transformers_is_one_also_where_unsloth_is_imported(small, batch, no_unsloth, one_process):
-    model, _ = load_seed(small, False, backend="transformers")
+    model, _ = load_exact(small)
     expected = model.model(*batch).last_hidden_state
     model = add_lora(model)
     for_training(model)
@@ -492,7 +532,7 @@ def test_a_spec_has_no_more_tokens_than_the_seed_model_reads(seeds, caplog):
 
 
 def test_a_model_reads_as_many_tokens_as_it_has_positions_for(seeds):
-    assert longest_sequence(load_seed(seeds["llama"], False, backend="transformers")[0]) == 512
+    assert longest_sequence(load_exact(seeds["llama"])[0]) == 512
 
 
 NOT_IN_4_BITS = "asked for in 4 bits, and has loaded without them\n.*python -m bitsandbytes"
@@ -512,7 +552,7 @@ def test_a_model_all_of_whose_layers_are_kept_out_of_4_bits_is_refused(small, tm
     kept = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["model", "lm_head"]}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": kept}))
     with pytest.raises(RuntimeError, match=NOT_IN_4_BITS):
-        load_seed(folder, backend="transformers")
+        load_seed(folder, True, backend="transformers")
 
 
 RECORDS = [Record(prompt="The answer"), Record(prompt="Why so? It is kind.")]
@@ -577,31 +617,3 @@ def test_a_seed_model_judges_before_any_training(small):
     model, tokenizer, spec = open_seed_model(small, SCALE, **OPENED)
     expected = scores(Judge.from_model(model, tokenizer, spec))
     assert scores(Judge.from_seed(small, SCALE, **OPENED)) == expected
-
-
-def test_the_time_of_a_run_is_estimated_and_nothing_is_trained(small, caplog, monkeypatch, tmp_path):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    models = []
-
-    def add_and_keep(model: Any, **options: Any) -> Any:
-        model = add_lora(model, **options)
-        models.append((model, trained_weights(model)))
-        return model
-
-    monkeypatch.setattr(estimate, "add_lora", add_and_keep)
-    settings = TrainSettings(batch_size=4, micro_batch_size=2)
-    asked = {"seed_model": small, "scale": SCALE, "load_in_4bit": False, **OPENED, "template": DEFAULT_TEMPLATE}
-    found = estimate.estimate_run(make_records(), settings, parallel=4, **asked)
-    assert sorted(found) == ["reasonings", "stage"] and min(found.values()) > 0
-    line = r"this run takes about [\d.]+ minutes: [\d.]+ for each stage, [\d.]+ for the reasonings"
-    assert re.search(line, caplog.text)
-    [(model, before)] = models
-    assert before.keys() == trained_weights(model).keys()
-    assert all(torch.equal(weight, before[name]) for name, weight in trained_weights(model).items())
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_time_of_a_run_on_no_usable_record_is_an_error(small):
-    with pytest.raises(ValueError, match="no record can be trained on, out of 1: .*no gold score"):
-        estimate.estimate_run(RECORDS[:1], TrainSettings(), parallel=4, seed_model=small, scale=SCALE)

@@ -40,10 +40,10 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     """Write the seed model with the adapter added (W + factor * B A, in float32) to a plain folder.
 
     `seed_model`: a folder or hub id, in 16 bits or in 4 bits of bitsandbytes. `base`: "4bit" adds
-    to the weights as they were in training: dequantised, and quantised before that where the seed
-    model is in 16 bits. "16bit" adds to the seed model's own. Tensors keep the type of its files;
-    tokenizer files and spec are copied. Memory holds one tensor at a time; files have 256 MB or one
-    tensor. An older merge in `out_dir` is replaced at once, by a whole one alone.
+    to the weights as they were in training; where that was in 4 bits, to the dequantised ones, also
+    of a seed model in 16 bits. "16bit" adds to the seed model's own. Tensors keep the type of its
+    files; tokenizer files and spec are copied. Memory holds one tensor at a time; files have 256 MB
+    or one tensor. An older merge in `out_dir` is replaced at once, by a whole one alone.
     Raises ValueError: the adapter is of another seed model, has no spec or is of a kind that can't
         be merged, or `out_dir` holds something else.
     Raises RuntimeError: the disk has no room.
@@ -53,23 +53,32 @@ def merge_adapter(seed_model: str | Path, adapter: str | Path, out_dir: str | Pa
     if out_dir.exists() and any(out_dir.iterdir()) and (not is_merged_judge(out_dir) or out_dir == seed_dir.resolve()):
         raise ValueError(f"{out_dir} is there and holds other things than an older merge: choose another folder")
     changes = Adapter(adapter)
-    JudgeSpec.load(adapter)
+    in_4bit = base == "4bit" and JudgeSpec.load(adapter).method.get("load_in_4bit", True)
     changes.check_seed(seed_model, seed_dir)
-    weights = _find_weights(seed_dir, changes)
+    weights = _find_weights(seed_dir, changes.unties)
     changes.check_fits({plain_name(weight.name): weight.shape for weight in weights})
     size = sum(weight.size for weight in weights)
     with work_folder(out_dir, size, "export the adapter alone: export_adapter needs no merge") as folder:
         merged = folder / "merged"
         merged.mkdir()
-        # What a seed model in 4 bits keeps in 16 was so in training too.
-        in_training = base == "4bit" and not any(weight.is_packed for weight in weights)
-        _merge_weights(weights, changes, _packed_weights(_empty_model(seed_dir)) if in_training else set(), merged)
+        _merge_weights(weights, changes, _quantised(seed_dir, weights) if in_4bit else set(), merged)
         copy_other_files(seed_dir, merged, untied=changes.unties)
         shutil.copyfile(Path(adapter, SPEC_FILE), merged / SPEC_FILE)
         if out_dir.exists():
             os.replace(out_dir, folder / "old")
         os.replace(merged, out_dir)
     return out_dir
+
+
+def write_as_trained(seed_dir: Path, out_dir: Path) -> None:
+    """Write a seed model's 4-bit weights, as training computes with them, to a new plain folder.
+
+    As `merge_adapter` with the base "4bit", and without an adapter. Raises as that does.
+    """
+    weights = _find_weights(seed_dir)
+    out_dir.mkdir()
+    _merge_weights(weights, None, _quantised(seed_dir, weights), out_dir)
+    copy_other_files(seed_dir, out_dir)
 
 
 def check_mergeable(seed_dir: Path, base: str) -> None:
@@ -132,13 +141,13 @@ class _Weight:
         return QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
-def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
-    """The weights of the merge; where the adapter unties the embeddings, with one for the head."""
+def _find_weights(seed_dir: Path, unties: bool = False) -> list[_Weight]:
+    """The weights of the merge; where an adapter unties the embeddings, with one for the head."""
     files = weight_files(seed_dir)
     names = [name for name in files if not name.partition(".weight.")[2].startswith(QUANTISED_PARTS)]
     weights = [_Weight(name, name, files) for name in names]
     embedding = next((name for name in files if plain_name(name) == EMBEDDING), None)
-    if changes.unties and HEAD not in files and embedding:
+    if unties and HEAD not in files and embedding:
         weights.append(_Weight(HEAD, embedding, files))
     for weight in weights:
         if weight.dtype not in DTYPES:
@@ -147,7 +156,13 @@ def _find_weights(seed_dir: Path, changes: Adapter) -> list[_Weight]:
     return weights
 
 
-def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: set[str], out_dir: Path) -> None:
+def _quantised(seed_dir: Path, weights: Sequence[_Weight]) -> set[str]:
+    """The plain names of the weights that go through 4 bits to be as they were in training."""
+    # What a seed model in 4 bits keeps in 16 was so in training too.
+    return set() if any(weight.is_packed for weight in weights) else _packed_weights(_empty_model(seed_dir))
+
+
+def _merge_weights(weights: Sequence[_Weight], changes: Adapter | None, quantised: set[str], out_dir: Path) -> None:
     """Write all weights in shards, with the index that transformers reads."""
     by_name = {weight.name: weight for weight in weights}
     options: dict[str, Any] = {"get_storage_id": lambda _: None, "get_storage_size": lambda weight: weight.size}
@@ -166,7 +181,7 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter, quantised: set[
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
+def _merged(weight: _Weight, changes: Adapter | None, quantised: bool) -> Any:
     """The changed weight's bytes, as a NumPy array."""
     tensor = weight.read()
     if quantised:
@@ -175,7 +190,8 @@ def _merged(weight: _Weight, changes: Adapter, quantised: bool) -> Any:
         # In float32, so that the only rounding is the one of the result.
         packed, state = quantize_4bit(tensor.float().contiguous(), quant_type="nf4", compress_statistics=True)
         tensor = dequantize_4bit(packed, state)
-    return changes.apply(plain_name(weight.name), tensor).to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
+    changed = changes.apply(plain_name(weight.name), tensor) if changes else tensor
+    return changed.to(weight.dtype).reshape(-1).view(torch.uint8).numpy()
 
 
 def _header(shard: Sequence[_Weight]) -> bytes:

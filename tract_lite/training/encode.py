@@ -1,11 +1,14 @@
 """Training examples: ids, what is supervised, where the score stands; and their batches.
 
-A sequence is ids(prompt) + ids(reasoning) + marker + label + end token, as a judge meets it.
+A sequence is ids(prompt) + ids(reasoning) + marker + label + end token, as a judge meets it. A
+direct one has no reasoning, and its marker is given: supervised, it would teach the judge to write
+none.
 """
 
+import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Iterator, Sequence, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -18,26 +21,33 @@ from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
+Item = TypeVar("Item")
+
 # So many reasons are named where nothing can be trained on.
 MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: everything from `prompt_length` on is supervised."""
+    """One training sequence: everything from `prompt_length` on is supervised.
+
+    Of a direct one, the marker counts as a part of the prompt.
+    """
 
     ids: list[int]
     prompt_length: int
     score_position: int
     target: float
+    is_direct: bool = False
 
 
 class Unusable(ValueError):
     """Why a record can't be trained on."""
 
 
-def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Example:
-    """The training sequence of a record with a gold score and a reasoning.
+def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary, *, direct: bool = False) -> Example:
+    """The training sequence of a record with a gold score and a reasoning, which a `direct` one
+    leaves out.
 
     A score between two labels keeps its value as the target; the label token is the nearest one.
     Raises Unusable: no score on the scale, no reasoning or one with the marker inside, nothing to
@@ -47,12 +57,7 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
         raise Unusable("no gold score")
     if not spec.scale.contains(record.score):
         raise Unusable("the gold score is outside the scale")
-    given = record.feedback_ids
-    reasoning = vocabulary.encode(reasoning_text(record.feedback or "")) if given is None else list(given)
-    if not reasoning:
-        raise Unusable("no reasoning")
-    if spec.marker in vocabulary.decode(reasoning):
-        raise Unusable("the marker stands inside the reasoning")
+    reasoning = [] if direct else _reasoning(record, spec, vocabulary)
     try:
         prompt = prompt_ids(record, spec, vocabulary)
     except ValueError as error:
@@ -61,26 +66,60 @@ def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> Ex
     ids = [*prompt, *reasoning, *spec.marker_ids, label, spec.eos_id]
     if len(ids) > spec.max_length:
         raise Unusable(f"longer than {spec.max_length} tokens (--max-length)")
-    return Example(ids, len(prompt), len(ids) - 2, record.score)
+    given = len(prompt) + len(spec.marker_ids) * direct
+    return Example(ids, given, len(ids) - 2, record.score, direct)
+
+
+def _reasoning(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> list[int]:
+    given = record.feedback_ids
+    reasoning = vocabulary.encode(reasoning_text(record.feedback or "")) if given is None else list(given)
+    if not reasoning:
+        raise Unusable("no reasoning")
+    if spec.marker in vocabulary.decode(reasoning):
+        raise Unusable("the marker stands inside the reasoning")
+    return reasoning
 
 
 def encode_records(
-    records: Sequence[Record], spec: JudgeSpec, vocabulary: Vocabulary, *, required: bool = False
+    records: Sequence[Record],
+    spec: JudgeSpec,
+    vocabulary: Vocabulary,
+    *,
+    direct_share: float = 0.0,
+    seed: int = 0,
+    required: bool = False,
 ) -> tuple[list[Example], Counter[str]]:
-    """The examples of all usable records, and how many were dropped for each reason.
+    """The examples of all usable records, and how many records were dropped for each reason.
+
+    `direct_share` of the examples are direct. Up to a half they are added to the reasoned ones,
+    beyond it reasoned ones are left out; of which records, hangs on the `seed`. At a share of 1 no
+    record needs a reasoning.
     Raises ValueError: no record can be trained on, and one is `required`.
     """
+    usable: list[Record] = []
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for record in records:
         try:
-            examples.append(encode_record(record, spec, vocabulary))
+            examples.append(encode_record(record, spec, vocabulary, direct=direct_share == 1))
+            usable.append(record)
         except Unusable as reason:
             dropped[str(reason)] += 1
+    if 0 < direct_share < 1:
+        ratio = direct_share / (1 - direct_share)
+        chosen = _chosen(usable, ratio, seed)
+        examples = _chosen(examples, 1 / ratio, seed)
+        examples += [encode_record(record, spec, vocabulary, direct=True) for record in chosen]
     if required and not examples:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common(MOST_REASONS))
         raise ValueError(f"no record can be trained on, out of {len(records)}: {reasons or 'there is none'}")
     return examples, dropped
+
+
+def _chosen(items: Sequence[Item], ratio: float, seed: int) -> list[Item]:
+    """As many of the items as `ratio` of them, at most all, in their order."""
+    count = min(len(items), round(len(items) * ratio))
+    return [items[place] for place in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
@@ -101,7 +140,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
 
 class LengthGroupedSampler(Sampler):
-    """Batches of similar lengths in an order that depends on the seed and the epoch alone."""
+    """Batches of similar lengths in an order that depends on the seed and the epoch alone.
+
+    The one with the longest sequence comes first: where memory is too small for it, that shows at
+    once. `batch_size` is that of a step, so how many are computed at once changes no order.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self._lengths, self._batch_size, self._seed, self._epoch = list(lengths), batch_size, seed, 0
@@ -113,5 +156,11 @@ class LengthGroupedSampler(Sampler):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        generator, size = torch.Generator().manual_seed(self._seed + self._epoch), self._batch_size
+        order = get_length_grouped_indices(self._lengths, size, generator=generator)
+        first, rest = order[:size], order[size:]
+        # The indices of hundreds of steps come from long to short; a last batch that is not full
+        # stays the last one.
+        full = len(rest) // size
+        starts = [size * number for number in torch.randperm(full, generator=generator)] + [size * full]
+        return iter(first + [index for start in starts for index in rest[start : start + size]])

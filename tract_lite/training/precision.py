@@ -1,4 +1,6 @@
-"""The type to compute in, by what the hardware can do."""
+"""The type to compute in and that of the weights, by what the hardware can do."""
+
+from typing import Any, Mapping
 
 import torch
 
@@ -6,6 +8,17 @@ from tract_lite.training.settings import PRECISIONS
 
 # Triton's kernels, which Unsloth uses, begin here, also where torch has its own for older cards.
 TRITON_CAPABILITY = 7
+# What torch calls the units of a CPU that multiply bfloat16: of x86 processors, and of Arm's.
+BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; where that is emulated, float32 is faster.
+
+    Only oneDNN, which torch for macOS lacks, uses these units, and an older torch does not tell.
+    """
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.backends.mkldnn.is_available() and any(known.get(name) for name in BFLOAT16_UNITS)
 
 
 def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
@@ -20,8 +33,11 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     if not torch.cuda.is_available():
         if asked == "float16":
             raise ValueError("float16 needs a GPU: ask for bfloat16 or float32 on this machine")
-        reason = f"{asked} on the CPU, as asked" if asked else "no GPU: float32 on the CPU"
-        return getattr(torch, asked or "float32"), reason
+        if asked:
+            return getattr(torch, asked), f"{asked} on the CPU, as asked"
+        if has_bfloat16_units():
+            return torch.bfloat16, "no GPU, and a CPU with bfloat16 units: bfloat16"
+        return torch.float32, "no GPU: float32 on the CPU"
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     built_for = [int(arch[3:].rstrip("abf")) // 10 for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
@@ -35,3 +51,11 @@ def pick_dtype(asked: str | None = None) -> tuple[torch.dtype, str]:
     if major >= 8:
         return torch.bfloat16, f"{name} computes bfloat16 (capability {major}.{minor})"
     return torch.float16, f"{name} has no bfloat16 units (capability {major}.{minor}): float16"
+
+
+def pick_4bit(asked: bool | None = None) -> bool:
+    """Whether the frozen weights are in 4 bits; None: on a GPU, whose memory they save.
+
+    A CPU gains no speed from them, and its judge is then one of the seed model's own weights.
+    """
+    return torch.cuda.is_available() if asked is None else asked

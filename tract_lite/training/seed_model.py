@@ -1,4 +1,4 @@
-"""The seed model: load it in 4 bits, attach LoRA, load an adapter, get its hidden states.
+"""The seed model: load it, attach LoRA, load an adapter, get its hidden states.
 
 Only this module knows the backends: Unsloth where CUDA is there, else transformers with
 bitsandbytes. A model that Unsloth has loaded carries a mark.
@@ -20,7 +20,7 @@ from tract_lite.data.places import check_model, why_not_loaded
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.training.layers import last_hidden_states, lora_targets
-from tract_lite.training.precision import pick_dtype
+from tract_lite.training.precision import pick_4bit, pick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,15 @@ UNSLOTH_MARK, PLAIN_MARK = "loaded_by_unsloth", "forward_of_transformers"
 
 def load_seed(
     name_or_path: str | Path,
-    load_in_4bit: bool = True,
+    load_in_4bit: bool | None = None,
     max_seq_length: int = 3072,
     backend: str = "auto",
     precision: str | None = None,
 ) -> tuple[Any, Any]:
     """A seed model and its tokenizer, ready for `add_lora`.
 
+    `load_in_4bit`: as in `pick_4bit`; weights of 4 bits stay such. `precision`: as in `pick_dtype`.
     `backend`: "unsloth", "transformers", or "auto" (Unsloth where it and CUDA are there).
-    `precision`: as in `pick_dtype`.
     Raises RuntimeError: this torch has no kernels for the card, there is no CUDA for Unsloth, or
         4 bits were asked for and none of the model's layers has them.
     Raises FileNotFoundError: no such folder, or the hub does not give it.
@@ -52,6 +52,7 @@ def load_seed(
         is to read longer sequences than the model does.
     """
     dtype, reason = pick_dtype(precision)
+    load_in_4bit = pick_4bit(load_in_4bit)
     check_model(name_or_path)
     logger.info("precision: %s", reason)
     if backend == "auto":
@@ -72,7 +73,7 @@ def load_seed(
         # For more than a model's own positions, Unsloth has stretched them: that is another model.
         check_length(_positions(_config(model.config._name_or_path)), max_seq_length)
     # Either backend goes on in 16 bits, with a line at most, where bitsandbytes can't be had.
-    if load_in_4bit and "Linear4bit" not in {type(module).__name__ for module in model.modules()}:
+    if load_in_4bit and not is_in_4bit(model):
         advice = "see what `python -m bitsandbytes` says, or choose another seed model"
         raise RuntimeError(f"{name_or_path} was asked for in 4 bits, and has loaded without them\n{advice}")
     if tokenizer.pad_token_id is None:
@@ -85,7 +86,7 @@ def open_seed_model(
     seed_model: str | Path,
     scale: ScoreScale,
     *,
-    load_in_4bit: bool = True,
+    load_in_4bit: bool | None = None,
     precision: str | None = None,
     max_length: int = 3000,
     **fields: Any,
@@ -107,7 +108,8 @@ def open_seed_model(
     model, tokenizer = load_seed(seed_model, load_in_4bit, max_length, precision=precision)
     # Unsloth may have loaded its own 4-bit copy of the model; that is the adapter's base.
     fields["base_model"] = model.config._name_or_path
-    fields["method"] = {"load_in_4bit": load_in_4bit, "precision": str(compute_dtype(model)).removeprefix("torch.")}
+    precision = str(compute_dtype(model)).removeprefix("torch.")
+    fields["method"] = {"load_in_4bit": is_in_4bit(model), "precision": precision}
     return model, tokenizer, make_spec(tokenizer, scale, max_length=max_length, **fields)
 
 
@@ -217,7 +219,6 @@ def add_lora(
         parameter.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
@@ -240,6 +241,11 @@ def load_adapter(model: Any, adapter: str | Path) -> Any:
 def compute_dtype(model: Any) -> torch.dtype:
     """The type that a model from `load_seed` computes in."""
     return model.get_input_embeddings().weight.dtype
+
+
+def is_in_4bit(model: Any) -> bool:
+    """Whether a model from `load_seed` has weights in 4 bits."""
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
 
 
 def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ class SeedOptions(TypedDict, total=False):
     """How a seed model is loaded, and the fields of the spec by which it is asked.
 
     `max_length` counts the tokens of prompt, reasoning and score. `precision` is the type to
-    compute in: "float32", "bfloat16", "float16", or None for what suits the machine.
+    compute in: "float32", "bfloat16", "float16"; `load_in_4bit` is of the weights. None: what suits
+    the machine.
     """
 
     template: str
@@ -29,7 +30,7 @@ class SeedOptions(TypedDict, total=False):
     max_length: int
     sampling: Sampling
     precision: str | None
-    load_in_4bit: bool
+    load_in_4bit: bool | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class TrainSettings:
     that a process computes at once. `max_steps` ends a stage before its epochs do. `optimizer`: a
     name of transformers, such as "paged_adamw_8bit". `max_grad_norm` 0 clips nothing. Every
     `save_every` steps, and at the end, a checkpoint is written and validation records are scored.
-    Raises ValueError: `batch_size` is no multiple of `micro_batch_size`.
+
+    `direct_share`: that share of the sequences has no reasoning, so that the judge answers both
+    ways; at 1 it answers directly alone. See `encode_records`.
+    Raises ValueError: `batch_size` is no multiple of `micro_batch_size`, or `direct_share` is not
+        from 0 to 1.
     """
 
     epochs: float = 2.0
@@ -58,8 +63,11 @@ class TrainSettings:
     save_every: int = 100
     log_every: int = 10
     seed: int = 42
+    direct_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.direct_share <= 1:
+            raise ValueError(f"direct_share must be from 0 to 1, got {self.direct_share}")
         self.accumulation(1)
 
     def accumulation(self, processes: int) -> int:

@@ -101,10 +101,11 @@ def train_stage(
     """Train the adapter of `model` (from `add_lora`) on records with reasonings and gold scores.
 
     `validation` records are scored after their own reasonings at each checkpoint (Pearson, RMSE),
-    and the adapter with the lowest RMSE is kept; without them, the last one. Goes on from the
-    newest complete checkpoint in `out_dir`. Writes the adapter and its spec to `out_dir/adapter`
-    and, last, `out_dir/stage.json`, which is returned: counts of examples and of dropped records
-    by reason, settings, the step that is kept, log.
+    directly where all training is, and the adapter with the lowest RMSE is kept; without them, the
+    last one. Goes on from the newest complete checkpoint in `out_dir`. Writes the adapter and its
+    spec to `out_dir/adapter` and, last, `out_dir/stage.json`, which is returned: counts of
+    examples, of `direct` ones among them, and of dropped records by reason, settings, the step
+    that is kept, log.
     Raises ValueError: no record can be trained on, the spec allows longer sequences than the model
         reads, or the batch can't be split over the processes.
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
@@ -112,8 +113,9 @@ def train_stage(
     out_dir = Path(out_dir)
     check_length(longest_sequence(model), spec.max_length)
     vocabulary = TransformersVocabulary(tokenizer)
-    examples, dropped = encode_records(records, spec, vocabulary, required=True)
-    validated, unscored = encode_records(validation, spec, vocabulary)
+    share = settings.direct_share
+    examples, dropped = encode_records(records, spec, vocabulary, direct_share=share, seed=settings.seed, required=True)
+    validated, unscored = encode_records(validation, spec, vocabulary, direct_share=float(share == 1))
     for what, given, reasons in (("records", records, dropped), ("validation records", validation, unscored)):
         for reason, number in sorted(reasons.items()):
             logger.warning("%d of %d %s are dropped: %s", number, len(given), what, reason)
@@ -129,6 +131,7 @@ def train_stage(
         advice = f"take a smaller {smaller}, gradient checkpointing, or a smaller seed model"
         raise RuntimeError(f"{asked}: {advice}") from error
     result: dict[str, Any] = {"records": len(records), "examples": len(examples), "dropped": dict(dropped)}
+    result |= {"direct": sum(example.is_direct for example in examples)}
     result |= {"validation": len(validated), "kept_step": _take_best(trainer, out_dir)}
     result |= {"tokens_read": trainer.total_tokens, "settings": asdict(settings)}
     result |= {"learning_rate": trainer.args.learning_rate, "log": trainer.state.log_history}

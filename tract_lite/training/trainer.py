@@ -100,7 +100,9 @@ class CotRaftTrainer(Trainer):
     def loss_of(self, model: Any, inputs: dict[str, Any]) -> CotRaftLoss:
         """The loss of one micro-batch, by the counts of its step where it brings them."""
         batch = dict(inputs)
-        hidden = hidden_states(model, batch.pop("input_ids"), batch.pop("attention_mask"))
+        # Padding is behind all real tokens, which never read it: a mask would only take time.
+        unmasked = torch.ones_like(batch.pop("attention_mask"))
+        hidden = hidden_states(model, batch.pop("input_ids"), unmasked)
         batch |= {"score_token_ids": self.score_ids, "score_values": self.score_values}
         batch |= {"raft_weight": self.settings.raft_weight, "ce_on_score": self.settings.ce_on_score}
         return cot_raft_loss(hidden, self._head, **batch, **self._head_options)
