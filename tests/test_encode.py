@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tract_lite.prompt import cut_reasoning, prompt_ids
 from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import MARKER, make_spec
-from tract_lite.training.encode import Unusable, collate, encode_record, encode_records
+from tract_lite.training.encode import LengthGroupedSampler, Unusable, collate, encode_record, encode_records
 from tract_lite.vocabulary import TransformersVocabulary
 
 VICUNA = SHARED / "data" / "vicuna_eval.json"
@@ -91,6 +92,47 @@ def test_a_reasoning_given_as_ids_is_taken_as_it_is():
     assert example.ids[start + len(ids) : -2] == list(spec.marker_ids)
 
 
+@everywhere
+def test_a_direct_sequence_teaches_the_label_and_the_end_alone(name):
+    spec, vocabulary = load(name)
+    example = encode_record(replace(RECORD, feedback=None), spec, vocabulary, direct=True)
+    assert example.ids[:-2] == [*prompt_ids(RECORD, spec, vocabulary), *spec.marker_ids]
+    batch = collate([example], pad_id=0)
+    supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
+    assert supervised == [spec.label_ids[3], spec.eos_id] and example.score_position == len(example.ids) - 2
+
+
+def many(count: int) -> list[Record]:
+    return [replace(RECORD, response=f"It is {n}.") for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "share, reasoned, direct", [(0, 60, 0), (0.1, 60, 7), (0.25, 60, 20), (0.5, 60, 60), (0.8, 15, 60), (1, 0, 60)]
+)
+def test_the_share_of_direct_sequences_is_the_one_asked_for(share, reasoned, direct):
+    spec, vocabulary = load("spm")
+    examples, dropped = encode_records(many(60), spec, vocabulary, direct_share=share, seed=3)
+    assert [example.is_direct for example in examples] == [False] * reasoned + [True] * direct and not dropped
+    everything = [[encode_record(r, spec, vocabulary, direct=way) for r in many(60)] for way in (False, True)]
+    for way, found in zip(everything, (examples[:reasoned], examples[reasoned:])):
+        places = [way.index(example) for example in found]
+        assert places == sorted(set(places))
+    again = encode_records(many(60), spec, vocabulary, direct_share=share, seed=3)
+    other = encode_records(many(60), spec, vocabulary, direct_share=share, seed=4)
+    assert again[0] == examples and (other[0] == examples) == (share in (0, 0.5, 1))
+
+
+def test_a_record_without_a_reasoning_is_of_use_where_all_sequences_are_direct():
+    spec, vocabulary = load("spm")
+    records = [RECORD, replace(RECORD, feedback=None), replace(RECORD, score=None)]
+    for share, used, dropped in (
+        (1, 1 + 1, {"no gold score": 1}),
+        (0.5, 1 + 1, {"no gold score": 1, "no reasoning": 1}),
+    ):
+        examples, reasons = encode_records(records, spec, vocabulary, direct_share=share)
+        assert (len(examples), reasons) == (used, dropped)
+
+
 @pytest.mark.parametrize("score, label", [(1, 0), (2.4, 1), (2.5, 1), (2.6, 2), (5, 4)])
 def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score, label):
     spec, vocabulary = load("spm")
@@ -150,6 +192,23 @@ def test_a_batch_is_padded_on_the_right_and_learns_nothing_there():
     assert batch["input_ids"][1].tolist() == long.ids
     assert batch["score_positions"].tolist() == [n - 2, longest - 2]
     assert batch["targets"].dtype == torch.float32
+
+
+def padding(lengths: list[int], order: list[int], size: int) -> float:
+    """The share of padding in micro-batches of a size."""
+    batches = [[lengths[place] for place in order[start : start + size]] for start in range(0, len(order), size)]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+
+
+def test_sequences_computed_at_once_are_of_similar_lengths_and_their_batches_of_any():
+    lengths = torch.randint(200, 3000, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = list(LengthGroupedSampler(lengths, 8, seed=42))
+    assert sorted(order) == list(range(1003)) and lengths[order[0]] == max(lengths)
+    assert all(padding(lengths, order, size) <= 0.03 for size in (2, 4))
+    means = [fmean(lengths[place] for place in order[start : start + 8]) for start in range(0, 1000, 8)]
+    longer = sum(after > before for before, after in zip(means, means[1:]))
+    # From long to short, none would be.
+    assert 0.3 < longer / len(means) < 0.7
 
 
 def check_all_pairs_are_encoded(records, name, count):

@@ -109,7 +109,7 @@ def check(judgements, model, tokenizer, spec) -> None:
     for text, judgement in zip(HOSTILE.values(), judgements, strict=True):
         assert judgement.error is None and judgement.id == text
         prompt = expected_ids(make_record(text), spec, tokenizer)
-        ids = [*prompt, *judgement.feedback_ids[0], *spec.marker_ids]
+        ids = [*prompt, *sum(judgement.feedback_ids, []), *spec.marker_ids]
         # The labels of a random model have little probability: only ratios can tell.
         np.testing.assert_allclose(
             np.log(list(judgement.probabilities.values())), label_log_probabilities(model, ids, spec), atol=1e-3
@@ -118,16 +118,19 @@ def check(judgements, model, tokenizer, spec) -> None:
 
 def test_hostile_text_does_not_move_the_score_position_in_llama_cpp(judge, model, tokenizer):
     _, judge = judge
-    judgements = list(judge.score_many(map(make_record, HOSTILE.values())))
-    check(judgements, model, tokenizer, judge.spec)
-    # Else the comparison could not tell one position from another.
-    assert len({round(judgement.score / judgement.mass, 6) for judgement in judgements}) > 5
+    for n_cot in (0, 1):
+        judgements = list(judge.score_many(map(make_record, HOSTILE.values()), n_cot))
+        assert [len(judgement.feedback) for judgement in judgements] == [n_cot] * len(HOSTILE)
+        check(judgements, model, tokenizer, judge.spec)
+        # Else the comparison could not tell one position from another.
+        assert len({round(judgement.score / judgement.mass, 6) for judgement in judgements}) > 5
 
 
 def test_hostile_text_does_not_move_the_score_position_in_transformers(judge, model, tokenizer):
     spec = judge[1].spec
     engine = Judge.from_model(model, tokenizer, spec, parallel=4)
-    check(list(engine.score_many(map(make_record, HOSTILE.values()))), model, tokenizer, spec)
+    for n_cot in (0, 1):
+        check(list(engine.score_many(map(make_record, HOSTILE.values()), n_cot)), model, tokenizer, spec)
 
 
 def test_a_hundred_kilobytes_of_one_letter_are_refused_and_the_rest_is_judged(judge, model, tokenizer):

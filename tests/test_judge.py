@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import operator
 import weakref
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,7 @@ from tiny import WritingEngine, load_tokenizer, make_family, make_sentences, mak
 
 from tract_lite.data.jsonl import read_json, read_rows
 from tract_lite.data.resume import MOST_WAITING
-from tract_lite.engines.task import Sample
+from tract_lite.engines.task import SECOND_TOGETHER, Sample, Task
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
 from tract_lite.record import Record, Rubric
@@ -98,7 +99,7 @@ def test_low_mass_is_reported_once_for_all(caplog):
     judge.score(make_records("a")[0])
     list(zip("ab", judge.score_many(make_records(*"abcdef"))))
     messages = [record.getMessage().partition(" judgements")[0] for record in caplog.records]
-    assert messages == ["3 of 3", "1 of 1", "2 of 2"]
+    assert messages == ["3 of 3", "1 of 1", "4 of 4"]
 
 
 def test_enough_mass_is_not_reported(caplog):
@@ -255,12 +256,102 @@ def test_top_log_probabilities_leave_a_bound_on_the_error():
     assert local.missing_mass == local.error_bound == 0
 
 
-@pytest.mark.parametrize("n_cot", [0, -1])
-def test_an_item_without_any_reasoning_is_an_error_and_is_not_lost(n_cot):
-    judge = Judge(make_engine())
-    assert all(judgement.error for judgement in judge.score_many(make_records("a", "b"), n_cot=n_cot))
-    given = list(judge.score_many(make_records("a", "b"), reasonings=[[], [[5]]]))
-    assert [bool(judgement.error) for judgement in given] == [True, False]
+def test_fewer_than_no_reasonings_are_an_error_of_each_item():
+    judgements = list(Judge(make_engine()).score_many(make_records("a", "b"), n_cot=-1))
+    assert [judgement.error for judgement in judgements] == ["n_cot must be at least 0"] * 2
+
+
+def test_without_reasonings_the_score_is_read_straight_after_the_prompt():
+    engine, records = make_engine(), make_records("x", "CUT", "LONG")
+    direct, _, failed = Judge(engine).score_many(records, n_cot=0)
+    assert direct.feedback == direct.feedback_ids == [] and direct.scores == [direct.score]
+    assert engine.tasks[-1] == Task.direct(prompt_ids(records[0], engine.spec, engine.vocabulary))
+    assert failed.error == "too long" and failed.scores == []
+    # What was judged so is read again in the same way, beside what was reasoned.
+    reasoned = Judge(engine).score(records[0])
+    given = [direct.feedback_ids, reasoned.feedback_ids]
+    again = Judge(make_engine()).score_many([records[0]] * 2, reasonings=given)
+    assert [judgement.feedback_ids for judgement in again] == given
+    assert [j.id for _, j in Judge(make_engine()).as_completed(records, n_cot=0)] == ["id 2", "id 1", "id 0"]
+
+
+def test_a_reasoning_that_is_empty_was_written_all_the_same():
+    judgement = Judge(make_engine()).score(make_records("EMPTY")[0])
+    assert judgement.feedback == [""] and judgement.feedback_ids == [[]]
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [({"raft_weight": 1.0, "direct_share": 0.0}, 1), ({"raft_weight": 1.0}, 1), ({}, 0)]
+)
+def test_what_a_trained_judge_never_learnt_is_told(caplog, method, told):
+    engine = make_engine()
+    for share in (method, {**method, "direct_share": 0.3}):
+        engine.spec = replace(engine.spec, method=share)
+        list(Judge(engine).score_many(make_records("a", "b")))
+    assert not caplog.records
+    list(Judge(engine).score_many(make_records("a", "b"), n_cot=0))
+    assert not caplog.records
+    engine.spec = replace(engine.spec, method=method)
+    for ways in ({"n_cot": 0}, {"gate": 0.5}):
+        caplog.clear()
+        list(Judge(engine).score_many(make_records("a", "b"), **ways))
+        assert len(caplog.records) == told and all("--direct-share" in r.getMessage() for r in caplog.records)
+
+
+# Through a gate
+
+
+def both_ways(records, **how):
+    return (list(Judge(make_engine()).score_many(records, n_cot=n_cot, **how)) for n_cot in (0, 2))
+
+
+@pytest.mark.parametrize("count", [1, 4, 11, 30])
+def test_a_gate_reasons_where_the_direct_score_is_in_more_doubt_and_nowhere_else(count):
+    records = make_mixed(count)
+    direct, reasoned = both_ways(records)
+    gate = sorted(judgement.doubt for judgement in direct if not judgement.error)[-(count // 3 + 1)]
+    engine = make_engine()
+    gated = list(Judge(engine).score_many(iter(records), n_cot=2, gate=gate))
+    expected = [two if not one.error and one.doubt > gate else one for one, two in zip(direct, reasoned)]
+    assert [judgement.to_row() for judgement in gated] == [judgement.to_row() for judgement in expected]
+    assert sum(bool(judgement.feedback) for judgement in gated) == count // 3
+    # Nothing is asked twice: an item directly, and some of them once more.
+    assert len(engine.tasks) == sum(record.prompt is not None for record in records) + count // 3
+
+
+def test_a_gate_that_none_or_all_pass_is_one_of_the_two_ways():
+    records = make_records(*"abcdefgh")
+    direct, reasoned = both_ways(records)
+    assert list(Judge(make_engine()).score_many(records, n_cot=2, gate=4.0)) == direct
+    assert list(Judge(make_engine()).score_many(records, n_cot=2, gate=0.0)) == reasoned
+
+
+def test_reasonings_are_written_many_together_and_not_after_all_items_are_asked_directly():
+    engine, taken = make_engine(), []
+    records = make_records(*map(str, range(4 * SECOND_TOGETHER)))
+    judgements = Judge(engine).score_many((taken.append(record) or record for record in records), gate=0.0)
+    next(judgements)
+    assert len(taken) <= SECOND_TOGETHER + 8
+    assert len(list(judgements)) == len(records) - 1
+    ways = [task.reasonings is None for task in engine.tasks]
+    assert sum(ways) == len(records) and sum(map(operator.ne, ways, ways[1:])) <= 9
+
+
+def test_missing_probability_counts_as_doubt_for_a_gate():
+    rows = [[0.0, 0.01, 0.0, 0.0, 0.0], [1e-9, 1e-9, 1e-9, 1.0, 1e-9]]
+    with np.errstate(divide="ignore"):
+        [judgement] = Judge(make_engine(FixedEngine, rows)).score_many(make_records("a"), gate=1.0)
+        sure = Judge(make_engine(FixedEngine, rows[1:])).score_many(make_records("a"), gate=1.0)
+    assert judgement.feedback and not next(sure).feedback
+
+
+@pytest.mark.parametrize("others", [{"n_cot": 0}, {"reasonings": [[[5]]]}])
+def test_a_gate_with_nothing_to_choose_is_refused_at_once(others, tmp_path):
+    with pytest.raises(ValueError, match="a gate chooses between"):
+        Judge(make_engine()).score_many(make_records("a"), gate=0.5, **others)
+    with pytest.raises(ValueError, match="a gate chooses between"):
+        Judge(make_engine()).score_many(make_records("a"), gate=0.5, n_cot=0, resume=tmp_path / "judged.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_single_record_that_can_t_be_judged_raises_its_error():
@@ -317,7 +408,13 @@ def test_a_judgement_is_a_row_of_json():
 def test_how_tells_one_judge_and_one_way_of_judging_from_others():
     judge = Judge(make_engine())
     assert judge.how() == Judge(make_engine()).how()
-    others = [judge.how(n_cot=2), judge.how(seed=1), Judge(make_engine(FixedEngine, [])).how()]
+    others = [
+        judge.how(n_cot=0),
+        judge.how(n_cot=2),
+        judge.how(gate=0.5),
+        judge.how(seed=1),
+        Judge(make_engine(FixedEngine, [])).how(),
+    ]
     engine = make_engine()
     engine.spec = replace(engine.spec, sampling=Sampling(temperature=0.5))
     assert all(how != judge.how() for how in [*others, Judge(engine).how()])
@@ -341,6 +438,18 @@ def test_judgements_are_in_the_file_as_they_come_and_are_not_made_again(tmp_path
     before, engine = path.read_bytes(), make_engine()
     assert list(Judge(engine).score_many(iter(records), n_cot=2, resume=str(path))) == whole
     assert engine.prompts == [] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", [{"n_cot": 0}, {"gate": 1.4}])
+def test_a_call_without_reasonings_or_with_a_gate_goes_on_too(tmp_path, how):
+    path, records = tmp_path / "judged.jsonl", make_records(*"abcdefgh")
+    whole = list(Judge(make_engine()).score_many(records, **how))
+    assert "gate" not in how or 0 < sum(bool(judgement.feedback) for judgement in whole) < 8
+    next(Judge(make_engine()).score_many(records, **how, resume=path))
+    assert list(Judge(make_engine()).score_many(records, **how, resume=path)) == whole
+    assert read_rows(path) == [{**j.to_row(), "key": r.key} for j, r in zip(whole, records)]
+    with pytest.raises(ValueError, match=f"{next(iter(how))}: .* there"):
+        Judge(make_engine()).score_many(records, resume=path)
 
 
 def test_the_file_says_how_the_judgements_were_made(tmp_path):

@@ -44,7 +44,9 @@ def test_a_row_has_the_spread_and_none_for_what_is_not_known():
     assert row["spread"] is row["score"] is None and row["error"] == "no"
 
 
-@pytest.mark.parametrize("judgement", [make(0.2, 0.3, 0.5, scores=(1.0, 2.0)), Judgement(None, error="no")])
+@pytest.mark.parametrize(
+    "judgement", [make(0.2, 0.3, 0.5, scores=(1.0, 2.0)), make(0.2, 0.3, 0.5, feedback=[]), Judgement(None, error="no")]
+)
 def test_a_row_becomes_the_judgement_again(judgement):
     row = json.loads(json.dumps(judgement.to_row() | {"gold": 3.0, "key": "k"}))
     again = Judgement.from_row(row)
@@ -118,6 +120,11 @@ def test_an_explanation_with_the_record_shows_what_was_judged():
     assert text.startswith("Item a\n\nInstruction\n  Bake a loaf.\n\nResponse\n  Use flour.\n\n  Then")
     assert "… (2,517 characters)" in text and text.endswith("gold 4")
     assert "Prompt\n  Ask it so." in make(1, 0, 0).explain(Record(prompt="Ask it so."), 60)
+
+
+def test_that_a_score_was_read_without_a_reasoning_is_said():
+    assert "Reasoning\n  (none: " in make(0.1, 0.25, 0.6, feedback=[]).explain(width=80)
+    assert "Reasoning" not in Judgement("a", error="no").explain(width=80)
 
 
 def test_several_reasonings_stand_with_their_scores():

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from tract_lite.judgement import Judgement
-from tract_lite.metrics import COLUMNS, RESAMPLES, compare_judges, evaluate, format_table
+from tract_lite.metrics import COLUMNS, RESAMPLES, choose_gate, compare_judges, evaluate, format_table
 
 ROOT = Path(__file__).parents[1]
 VICUNA = ROOT.parent / "shared" / "data" / "vicuna_eval.json"
@@ -324,6 +324,44 @@ def test_a_table_has_one_aligned_row_per_result(judges):
 def test_a_table_shows_the_columns_it_is_asked_for(judges):
     result = evaluate(*judges)
     assert format_table({"a": result}, ("qwk",)).splitlines()[-1] == f"| a | {result['qwk']:.3f} |"
+
+
+def judged(spread: float, tokens: int, **fields) -> Judgement:
+    """A judgement in doubt by `spread`, after a reasoning of so many tokens."""
+    half = {"probabilities": {"1": 0.5, "2": 0.5}, "mass": 1.0, "values": {"1": 0.0, "2": 2 * spread}}
+    return Judgement("a", score=1.0, feedback_ids=[[5] * tokens] * (tokens > 0), **{**half, **fields})
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), st.integers(0, 9)), min_size=1, max_size=12),
+    st.floats(0, 1),
+)
+def test_a_gate_writes_as_much_as_it_may_and_not_more(items, share):
+    direct, reasoned = zip(*((judged(doubt, 0), judged(doubt, tokens)) for doubt, tokens in items))
+    gate = choose_gate(direct, reasoned, share)
+    total = sum(tokens for _, tokens in items)
+    assert sum(tokens for doubt, tokens in items if doubt > gate) <= share * total
+    # The next gate below lets those through that are in the same doubt.
+    assert gate == 0 or sum(tokens for doubt, tokens in items if doubt >= gate) > share * total
+
+
+def test_without_reasonings_a_gate_takes_all_of_them_to_be_of_one_length():
+    direct = [judged(doubt, 0) for doubt in (0.1, 0.2, 0.3, 0.4)]
+    assert choose_gate(direct, share=0.5) == pytest.approx(0.2)
+    assert choose_gate(direct, [judged(0, tokens) for tokens in (1, 1, 9, 9)], 0.5) == pytest.approx(0.3)
+    assert choose_gate(direct, share=1) == 0
+
+
+def test_a_gate_is_chosen_from_what_was_judged():
+    failed = judged(9.0, 0, error="too long")
+    direct, reasoned = [judged(0.1, 0), judged(0.2, 0)], [judged(0, 5), judged(0, 5)]
+    assert choose_gate([*direct, failed], [*reasoned, judged(0, 5)], 0.5) == choose_gate(direct, reasoned, 0.5)
+    with pytest.raises(ValueError, match="got 0 and 0.5"):
+        choose_gate([failed], [failed], 0.5)
+    with pytest.raises(ValueError, match="got 2 and 35"):
+        choose_gate(direct, reasoned, 35)
+    with pytest.raises(ValueError):
+        choose_gate(direct, reasoned[:1])
 
 
 def test_importing_metrics_needs_numpy_alone():

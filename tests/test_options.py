@@ -89,7 +89,7 @@ def test_every_option_is_explained_and_has_a_flag_of_its_own(kind: type) -> None
         assert flag_of(item.name) in text and item.metadata["help"] in text
 
 
-@pytest.mark.parametrize("name", ["n_cot", "parallel", "threads", "context_length", "timeout"])
+@pytest.mark.parametrize("name", ["parallel", "threads", "context_length", "timeout"])
 def test_what_judging_counts_is_one_or_more(name: str) -> None:
     arguments = parser_of(JudgeOptions).parse_args([flag_of(name), "0"])
     with pytest.raises(ValueError, match=f"{flag_of(name)} must be at least 1, got 0"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ def test_a_preset_without_choices_is_taken_as_it_stands(name: str) -> None:
 
 def test_what_is_chosen_goes_before_the_preset() -> None:
     command = "--preset t4 --data my.csv --held-out own.csv --seed-model a/b --scale 0-10 --max-items 7 --epochs 3"
+    command += " --direct-share 0.3"
     command += " --max-length 99 --max-new-tokens 9 --precision float32 --quantization f16 q8_0 --base 16bit --skip-bad"
     preset = preset_of(command)
     assert (preset.data, preset.held_out, preset.seed_model) == ("my.csv", "own.csv", "a/b")
@@ -36,11 +37,13 @@ def test_what_is_chosen_goes_before_the_preset() -> None:
     assert (preset.max_items, preset.max_length, preset.max_new_tokens) == (7, 99, 9)
     assert (preset.precision, preset.base, preset.skip_bad) == ("float32", "16bit", True)
     assert preset.quantization == ("f16", "q8_0")
-    assert preset.training == TrainSettings(epochs=3.0, save_every=PRESETS["t4"].training.save_every)
+    training = TrainSettings(epochs=3.0, direct_share=0.3, save_every=PRESETS["t4"].training.save_every)
+    assert preset.training == training
 
 
 def test_empty_fields_of_a_notebooks_form_are_left_to_the_preset() -> None:
     options = parse_options(["--preset", "quick", "--data", "", "--seed-model", "", "--max-items", "0"])
+    options = replace(options, direct_share=0)
     assert preset_for(options) == PRESETS["quick"]
     assert settings_of(options) == settings_of(parse_options(["--preset", "quick"]))
 
@@ -147,6 +150,12 @@ def test_a_scratch_folder_that_is_a_file_is_told_at_once(tmp_path: Path) -> None
         parse_options(["--preset", "quick", "--scratch", str(tmp_path / "file")])
 
 
+def test_a_run_whose_judge_never_reasons_is_told_to_be_a_single_stage() -> None:
+    with pytest.raises(ValueError, match="no reasonings for a second stage\ntake less, or train one stage"):
+        preset_for(RunOptions(preset="quick", direct_share=1))
+    assert preset_for(StageOptions(preset="quick", direct_share=1)).training.direct_share == 1
+
+
 def test_types_have_one_spelling_since_they_stand_in_the_names_of_files() -> None:
     assert preset_of("--preset quick --quantization Q8_0 q4_K_M").quantization == ("q8_0", "q4_k_m")
 
@@ -157,5 +166,5 @@ def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:
 
 
 def test_every_option_is_a_field_of_the_preset_or_of_the_call() -> None:
-    of_call = {"preset", "out", "scratch", "train_only", "epochs"}
+    of_call = {"preset", "out", "scratch", "train_only", "epochs", "direct_share"}
     assert {item.name for item in fields(RunOptions)} - of_call <= {item.name for item in fields(Preset)}

@@ -222,6 +222,8 @@ def test_scores_are_those_of_the_engine_in_process_for_the_same_reasonings(url, 
         answers = dict(engine.run(tasks))
         given = with_reasonings(tasks, answers)
         again = dict(engine.run(given))
+        direct = [Task.direct(task.prompt) for task in tasks]
+        assert_same_scores(dict(engine.run(direct)), dict(local.run(direct)))
     expected = dict(local.run(given))
     assert_same_scores(answers, expected)
     assert_same_scores(again, expected)
@@ -326,6 +328,16 @@ def test_texts_that_look_like_markers_and_special_tokens_move_nothing(url, local
         assert judgement.scores == pytest.approx(other.scores, abs=1e-3)
 
 
+def test_a_gate_asks_a_server_for_the_reasonings_that_it_lets_through(url, local):
+    records = [Record(prompt=text) for text in make_sentences(12, seed=5)]
+    with Judge.from_server(url, parallel=3) as judge:
+        direct = list(judge.score_many(records, n_cot=0))
+        gate = sorted(judgement.doubt for judgement in direct)[6]
+        gated = list(judge.score_many(records, n_cot=2, gate=gate))
+    assert [len(judgement.feedback) for judgement in gated] == [2 * (early.doubt > gate) for early in direct]
+    assert sum(bool(judgement.feedback) for judgement in gated) == 5 and not any(j.error for j in gated)
+
+
 def test_far_from_its_file_the_server_s_own_tokenizer_gives_the_same_ids(url, far_url, local):
     with ServerEngine(far_url, spec=local.spec) as engine, ServerEngine(url) as near:
         assert_same_vocabulary(engine, local.vocabulary)
@@ -417,6 +429,7 @@ def test_vllm_is_asked_by_token_ids(vllm_url, local):
         answers = dict(engine.run(tasks))
         again = dict(engine.run(with_reasonings(tasks, answers)))
         given = with_reasonings(tasks, dict(local.run(tasks)))
+        given += [Task.direct(task.prompt) for task in tasks]
         read = dict(engine.run(given))
     assert_same_scores(read, dict(local.run(given)))
     assert_same_scores(again, answers)

@@ -43,7 +43,8 @@ from tract_lite.training.trainer import COMPLETE_FILE, CotRaftTrainer
 from tract_lite.vocabulary import TransformersVocabulary
 
 trains = pytest.mark.training
-STAGE: dict[str, Any] = {"scale": SCALE, "settings": SAVING, "load_in_4bit": False, "max_length": 128}
+LOADED: dict[str, Any] = {"load_in_4bit": False, "precision": "float32"}
+STAGE: dict[str, Any] = {"scale": SCALE, "settings": SAVING, "max_length": 128, **LOADED}
 ONE_STEP = TrainSettings(batch_size=4, micro_batch_size=4, max_steps=1)
 
 
@@ -189,7 +190,7 @@ def killed_at(step, out):
         return compute(self, *args, **options)
     CotRaftTrainer.compute_loss = compute_or_die
     train_adapter(make_records(), out, seed_model=sys.argv[1], scale=SCALE, settings=SAVING,
-                  validation=make_records(6, seed=1), load_in_4bit=False, max_length=128)
+                  validation=make_records(6, seed=1), load_in_4bit=False, precision="float32", max_length=128)
 
 for step in map(int, sys.argv[3:]):
     child = os.fork()
@@ -344,7 +345,7 @@ def test_what_is_asked_of_the_seed_model_reaches_the_spec(seed_model, tmp_path, 
     stage = {"seed_model": seed_model, "scale": SCALE, "settings": ONE_STEP, **asked, **loaded}
     spec = JudgeSpec.load(train_adapter(records, tmp_path, **stage))
     assert replace(spec, **asked) == spec and spec.scale == SCALE and spec.base_model == str(seed_model)
-    assert spec.method.items() >= {**loaded, "max_steps": 1, "raft_weight": 1.0}.items()
+    assert spec.method.items() >= {**loaded, "max_steps": 1, "raft_weight": 1.0, "direct_share": 0.0}.items()
 
 
 @trains
@@ -358,7 +359,7 @@ def test_the_seed_of_the_settings_is_that_of_the_adapter(seed_model, tmp_path):
 
 
 @trains
-def test_a_trained_adapter_judges_as_the_model_that_was_trained(seed_model, tmp_path):
+def test_a_trained_adapter_judges_as_the_model_that_was_trained(seed_model, tmp_path, float32_cpu):
     model, tokenizer, spec = open_seed_model(seed_model, SCALE, max_length=128, sampling=Sampling(max_new_tokens=8))
     model = add_lora(model)
     train_stage(model, tokenizer, make_records(), spec, tmp_path, TrainSettings(**{**SHORT, "max_steps": 3}))
@@ -395,6 +396,40 @@ def test_validation_scores_are_those_of_a_judge_given_the_same_reasonings(seed_m
     figures = evaluate([j.score for j in judged], [record.score for record in held_out])
     assert logged["eval_rmse"] == pytest.approx(figures["rmse"], rel=1e-4)
     assert logged["eval_pearson"] == pytest.approx(figures["pearson"], abs=1e-3)
+
+
+def direct_settings(share: float) -> TrainSettings:
+    sizes: dict[str, Any] = {"batch_size": 8, "micro_batch_size": 8, "learning_rate": 2e-2, "max_steps": 50}
+    return TrainSettings(**sizes, direct_share=share)
+
+
+@trains
+def test_a_share_of_direct_sequences_teaches_to_score_without_a_reasoning_too(seed_model, tmp_path):
+    records, errors = make_records(8), {}
+    for share, direct in ((0.0, 0), (0.5, 8)):
+        model, tokenizer, spec = load(seed_model)
+        result = train_stage(model, tokenizer, records, spec, tmp_path / str(share), direct_settings(share))
+        assert (result["records"], result["examples"], result["direct"]) == (8, 8 + direct, direct)
+        judged = Judge.from_model(model, tokenizer, spec).score_many(records, n_cot=0)
+        errors[share] = evaluate([j.score for j in judged], [record.score for record in records])["rmse"]
+    assert errors[0.5] < 0.9 * errors[0.0]
+
+
+@trains
+def test_a_stage_of_direct_sequences_alone_needs_no_reasonings_and_is_validated_directly(seed_model, tmp_path):
+    model, tokenizer, spec = load(seed_model)
+    bare = [[replace(record, feedback=None) for record in make_records(10, seed)] for seed in (0, 1)]
+    result = train_stage(model, tokenizer, bare[0], spec, tmp_path, direct_settings(1), validation=bare[1])
+    assert (result["examples"], result["direct"], result["validation"]) == (10, 10, 10)
+    judged = Judge.from_model(model, tokenizer, spec).score_many(bare[1], n_cot=0)
+    rmse = evaluate([j.score for j in judged], [record.score for record in bare[1]])["rmse"]
+    assert min(entry["eval_rmse"] for entry in result["log"] if "eval_rmse" in entry) == pytest.approx(rmse, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="direct_share must be from 0 to 1"):
+        TrainSettings(direct_share=share)
 
 
 TWO_PROCESSES = """

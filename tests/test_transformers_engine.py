@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from stages import load_exact
 from tiny import gguf_weights, make_plain_judge, make_sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ from tract_lite.prompt import cut_reasoning
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import Sampling, make_spec
-from tract_lite.training.seed_model import add_lora, load_seed
+from tract_lite.training.seed_model import add_lora
 
 LENGTH = 24
 
@@ -163,6 +164,26 @@ def test_given_reasonings_are_read_and_not_sampled(model, tokenizer, spec):
             np.testing.assert_allclose(sample.label_log_probabilities, expected, atol=1e-4)
 
 
+def test_what_is_read_and_what_is_written_do_not_change_each_other(model, tokenizer, spec):
+    tasks = make_tasks(spec, tokenizer)
+    direct = [Task.direct(task.prompt) for task in tasks]
+    engine = TransformersEngine(model, tokenizer, spec, 3)
+    mixed = answers_of(engine, [task for pair in zip(direct, tasks) for task in pair])
+    for found, alone in zip((mixed[::2], mixed[1::2]), (answers_of(engine, direct), answers_of(engine, tasks))):
+        for samples, others in zip(found, alone, strict=True):
+            for sample, other in zip(samples, others, strict=True):
+                assert (sample.reasoning, sample.truncated) == (other.reasoning, other.truncated)
+                np.testing.assert_allclose(sample.label_log_probabilities, other.label_log_probabilities, atol=1e-4)
+    assert all(sample.reasoning == [] and not sample.truncated for [sample] in mixed[::2])
+
+
+def test_a_direct_score_needs_no_room_for_a_reasoning(model, tokenizer, spec):
+    prompt = [1] + [5] * (spec.max_length - len(spec.marker_ids) - 3)
+    tasks = [Task.direct(prompt), Task(prompt, [0]), Task.direct([*prompt, 5])]
+    direct, *others = answers_of(TransformersEngine(model, tokenizer, spec), tasks)
+    assert len(direct) == 1 and all(isinstance(other, ValueError) for other in others)
+
+
 def test_a_reasoning_that_fills_its_limit_is_truncated(model, tokenizer, spec):
     tasks = make_tasks(spec, tokenizer)
     for samples in answers_of(TransformersEngine(model, tokenizer, spec, 8), tasks):
@@ -186,7 +207,7 @@ def test_a_sequence_never_grows_beyond_the_spec_s_length(model, tokenizer, spec)
 
 
 def test_a_4_bit_seed_with_an_adapter_answers_too(folder, spec):
-    model, tokenizer = load_seed(folder, backend="transformers")
+    model, tokenizer = load_exact(folder, in_4bit=True)
     model.generation_config.repetition_penalty = 2.0
     tasks = make_tasks(spec, tokenizer, 3)
     seed = answers_of(TransformersEngine(model, tokenizer, spec, 4), tasks)

@@ -319,13 +319,15 @@ def load_tokenizer(name: str) -> Any:
 class WritingEngine:
     """An engine of few words: answers four tasks at a time, back to front.
 
-    Its sentences and label probabilities (which sum to `mass`) hang on the seeds alone. A prompt
-    that holds LONG is refused, CUT and EMPTY give such reasonings; at STOP the engine fails.
+    Its sentences and label probabilities (which sum to `mass`) hang on the seeds alone, without a
+    reasoning on the prompt. A prompt that holds LONG is refused, CUT and EMPTY give such
+    reasonings; at STOP the engine fails.
     """
 
     def __init__(self, spec: Any, vocabulary: Any, mass: float = 0.95):
         self.spec, self.vocabulary, self.mass = spec, vocabulary, mass
         self.prompts: list[str] = []
+        self.tasks: list[Any] = []
 
     def run(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         numbered = enumerate(tasks)
@@ -333,6 +335,7 @@ class WritingEngine:
             for index, task in reversed(window):
                 prompt = self.vocabulary.decode(task.prompt)
                 self.prompts.append(prompt)
+                self.tasks.append(task)
                 if "STOP" in prompt:
                     raise KeyboardInterrupt
                 yield (
@@ -346,11 +349,11 @@ class WritingEngine:
                 )
 
     def _sample(self, prompt: str, seed: int, given: Any) -> Sample:
-        rng = random.Random(seed)
+        rng = random.Random(prompt if given == [] else seed)
         written = self.vocabulary.encode(" ".join(rng.choices(WORDS, k=6)))
         weights = np.array([rng.random() for _ in self.spec.label_ids])
         return Sample(
-            [] if "EMPTY" in prompt else list(given or written),
+            [] if "EMPTY" in prompt else list(written if given is None else given),
             "CUT" in prompt,
             np.log(self.mass * weights / weights.sum()),
         )

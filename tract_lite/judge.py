@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as shorten
@@ -13,7 +13,7 @@ import numpy as np
 from tract_lite.data.files import fingerprint
 from tract_lite.data.places import content_of, seed_model_of
 from tract_lite.data.resume import ResumableRows
-from tract_lite.engines.task import Engine, Sample, Task, answers_in_order, sample_seed
+from tract_lite.engines.task import Engine, Sample, Task, asked_again, in_order, sample_seed
 from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
 from tract_lite.rail import LOW_MASS
@@ -25,6 +25,7 @@ from tract_lite.training.settings import ADAPTER, SeedOptions
 logger = logging.getLogger(__name__)
 
 WARNING = "%d of %d judgements have less than %g of the probability on the labels: their scores are pulled down"
+UNTAUGHT = "this judge never learnt to score without a reasoning (--direct-share 0): compare with gold scores first"
 
 AnyPath = str | Path
 Reasonings = Sequence[Sequence[Sequence[int]]]
@@ -133,7 +134,9 @@ class Judge:
         return cls(TransformersEngine(model, tokenizer, spec, parallel, identity))
 
     def score(self, record: Record, n_cot: int = 1, seed: int = 0) -> Judgement:
-        """Judge one record. Raises ValueError: it can't be judged."""
+        """Judge one record, without a reasoning where `n_cot` is 0.
+        Raises ValueError: it can't be judged.
+        """
         judgement = next(self.score_many([record], n_cot, seed))
         if judgement.error:
             raise ValueError(judgement.error)
@@ -145,10 +148,15 @@ class Judge:
         n_cot: int = 1,
         seed: int = 0,
         *,
+        gate: float | None = None,
         reasonings: Reasonings | None = None,
         resume: AnyPath | ResumableRows | None = None,
     ) -> Iterator[Judgement]:
         """Judge records as they come, one judgement each, in input order.
+
+        With `n_cot` 0 the score is read straight after the prompt, and there is no `feedback`. With
+        a `gate` that is done first, and reasonings are written where the `doubt` of the direct
+        judgement, in units of the score, is above it: see `choose_gate`.
 
         A record that can't be judged gives a judgement with `error`. With `reasonings` (for each
         record, the ids of its reasonings) nothing is sampled: their scores are read. An error of
@@ -156,22 +164,29 @@ class Judge:
 
         `resume` names a JSONL file: judgements are added to it as they come, and records that have
         theirs there are not judged again, unless they failed.
-        Raises ValueError: `resume` holds something else, or rows of another judge or settings.
+        Raises ValueError: `resume` holds something else, or rows of another judge or settings; or a
+            `gate` has nothing to choose.
         """
+        if gate is not None and (n_cot < 1 or reasonings is not None):
+            raise ValueError("a gate chooses between a direct score and reasonings\ntake an n_cot of 1 or more")
         if resume is None:
-            return self._judged(records, n_cot, seed, reasonings)
+            return in_order(self._judged(records, n_cot, seed, gate, reasonings))
         if reasonings is not None:
             raise ValueError("give resume or reasonings, not both")
         rows = resume if isinstance(resume, ResumableRows) else ResumableRows(resume)
-        rows.claim(self.how(n_cot, seed), self.engine.shape)
-        filled = rows.fill(records, lambda missing: (j.to_row() for j in self._judged(missing, n_cot, seed)))
+        rows.claim(self.how(n_cot, seed, gate), self.engine.shape)
+        filled = rows.fill(records, lambda some: (j.to_row() for j in self.score_many(some, n_cot, seed, gate=gate)))
         return map(Judgement.from_row, filled)
 
-    def how(self, n_cot: int = 1, seed: int = 0) -> dict[str, Any]:
-        """What makes judgements what they are: model, spec, number of reasonings, seed."""
+    def as_completed(self, records: Iterable[Record], n_cot: int = 1, seed: int = 0) -> Iterator[tuple[int, Judgement]]:
+        """As `score_many`: each judgement as soon as it is there, with its record's place."""
+        return self._judged(records, n_cot, seed, None, None)
+
+    def how(self, n_cot: int = 1, seed: int = 0, gate: float | None = None) -> dict[str, Any]:
+        """What makes judgements what they are: model, spec, number of reasonings, seed, gate."""
         # A seed model may be moved: it stays what it is.
         spec = hashlib.sha256(replace(self.spec, base_model="").to_json().encode("utf-8")).hexdigest()
-        return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed}
+        return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed, "gate": gate}
 
     def close(self) -> None:
         """Free the model."""
@@ -184,28 +199,43 @@ class Judge:
         self.close()
 
     def _judged(
-        self, records: Iterable[Record], n_cot: int, seed: int, reasonings: Reasonings | None = None
-    ) -> Iterator[Judgement]:
-        names: deque[str | None] = deque()
+        self, records: Iterable[Record], n_cot: int, seed: int, gate: float | None, reasonings: Reasonings | None
+    ) -> Iterator[tuple[int, Judgement]]:
+        names: dict[int, str | None] = {}
+        # What is asked directly, with what is asked then of an item that does not pass the gate.
+        direct: dict[int, Task | None] = {}
         broken: list[Exception] = []
 
         def asked() -> Iterator[Task | Exception]:
             try:
                 for place, record in enumerate(records):
-                    names.append(getattr(record, "id", None))
+                    names[place] = getattr(record, "id", None)
                     off.update(self._off_scale(record))
-                    yield self._task(record, n_cot, seed, None if reasonings is None else reasonings[place])
+                    task = self._task(record, n_cot, seed, None if reasonings is None else reasonings[place])
+                    if isinstance(task, Task) and (gate is not None or not task.seeds):
+                        direct[place] = task if task.seeds else None
+                        task = Task.direct(task.prompt)
+                    yield task
             except Exception as error:
                 broken.append(error)
 
+        def again(place: int, answer: list[Sample] | Exception) -> Task | None:
+            if gate is None or isinstance(answer, Exception) or place not in direct:
+                return None
+            return None if self._judgement(None, answer, True).doubt <= gate else direct.pop(place)
+
+        is_trained, learnt = "raft_weight" in self.spec.method, self.spec.method.get("direct_share")
+        if (n_cot == 0 or gate is not None) and is_trained and not learnt:
+            logger.warning(UNTAUGHT)
         count = low = 0
         off = Counter[str]()
         try:
-            for answer in answers_in_order(self.engine, asked()):
-                judgement = self._judgement(names.popleft(), answer)
+            for place, answer in asked_again(self.engine, asked(), again):
+                judgement = self._judgement(names.pop(place), answer, place in direct)
+                direct.pop(place, None)
                 count += 1
                 low += judgement.mass < LOW_MASS
-                yield judgement
+                yield place, judgement
         finally:
             if low:
                 logger.warning(WARNING, low, count, LOW_MASS)
@@ -223,19 +253,19 @@ class Judge:
             yield "the rubric describes labels that are not on the judge's scale"
 
     def _task(self, record: Record, n_cot: int, seed: int, given: Sequence[Sequence[int]] | None) -> Task | Exception:
-        """What to ask of the engine, or what is wrong with the record."""
+        """What to ask of the engine (no samples: a direct score), or what is wrong."""
         try:
             if not isinstance(record, Record):
                 raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
             count = n_cot if given is None else len(given)
-            if count < 1:
-                raise ValueError("n_cot must be at least 1")
+            if count < 0:
+                raise ValueError("n_cot must be at least 0")
             seeds = [sample_seed(seed, f"{record.id}/{record.key}", number) for number in range(count)]
             return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
         except Exception as error:  # whatever one record makes fail: the others can be judged
             return error
 
-    def _judgement(self, name: str | None, answer: list[Sample] | Exception) -> Judgement:
+    def _judgement(self, name: str | None, answer: list[Sample] | Exception, direct: bool) -> Judgement:
         values = dict(zip(self.spec.scale.labels, self.spec.scale.values))
         if isinstance(answer, Exception):
             kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
@@ -244,13 +274,14 @@ class Judge:
         rows = np.exp([sample.label_log_probabilities for sample in answer])
         if np.isnan(rows).any():
             return Judgement(name, error="the model's probabilities are not numbers (NaN)", values=values)
+        written = [] if direct else [sample.reasoning for sample in answer]
         return Judgement.from_probabilities(
             name,
             rows,
             values,
-            feedback=[self.engine.vocabulary.decode(s.reasoning).strip() for s in answer],
+            feedback=[self.engine.vocabulary.decode(ids).strip() for ids in written],
             truncated=any(sample.truncated for sample in answer),
-            feedback_ids=[list(sample.reasoning) for sample in answer],
+            feedback_ids=[list(ids) for ids in written],
             missing_mass=float(np.mean([sample.missing_mass for sample in answer])),
             error_bound=float(np.mean([sample.error_bound for sample in answer])),
         )

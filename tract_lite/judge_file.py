@@ -1,11 +1,13 @@
 """Judging a file: records in, judgements out, from a GGUF file or a server."""
 
 import logging
+import math
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from statistics import fmean
+from typing import Any, Iterator, Mapping, Sequence
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -15,7 +17,8 @@ from tract_lite.data.resume import ResumableRows, name_of, row_of
 from tract_lite.data.table import check_table, write_table
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
-from tract_lite.options import JudgeOptions, flag_of
+from tract_lite.metrics import choose_gate, evaluate, format_table, tokens_of
+from tract_lite.options import AskOptions, GateOptions, JudgeOptions, flag_of
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import read_template, read_template_text
@@ -38,12 +41,13 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     rows = ResumableRows(_rows_file(output, source))
     records, given = _read(model, source, options)
     missing = sum(not rows.has(record) for record in records)
-    failures = []
+    failures, reasoned = [], 0
     with _open(model, options) as judge:
         judge.engine.shape["tract_lite"] = __version__
-        judged = judge.score_many(records, options.n_cot, options.seed, resume=rows)
+        judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate, resume=rows)
         for judgement in _with_progress(judged, len(records), len(records) - missing):
             failures += [judgement.error] if judgement.error else []
+            reasoned += bool(judgement.feedback)
         if output != rows.path:
             names = list(map(name_of, records))
             write_table(output, rows.rows(names), judge.spec.scale.labels, dict(zip(names, given)))
@@ -51,7 +55,8 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     first = f"; the first failure: {failures[0]}" if failures else ""
     there = len(records) - missing
     done = f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already"
-    return f"{done}{_without_gold(records)}{first}"
+    gated = "" if options.gate is None else f"; {reasoned} of {len(records)} with reasonings"
+    return f"{done}{gated}{_without_gold(records)}{first}"
 
 
 def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[str, Any]]:
@@ -62,7 +67,7 @@ def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[
     records = _read(model, source, options).records
     failures = []
     with _open(model, options) as judge:
-        judged = judge.score_many(records, options.n_cot, options.seed)
+        judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate)
         for record, judgement in zip(records, _with_progress(judged, len(records), 0)):
             failures += [judgement.error] if judgement.error else []
             yield row_of(record, judgement.to_row(), gold=True)
@@ -77,13 +82,54 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
     record = next((record for record in records if name in ("", record.id)), None)
     if record is None:
         raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
-    at_once = min(options.parallel or options.n_cot, options.n_cot)
+    samples = max(options.n_cot, 1)
+    at_once = min(options.parallel or samples, samples)
     with _open(model, options, parallel=at_once) as judge:
-        [judgement] = judge.score_many([record], options.n_cot, options.seed)
+        [judgement] = judge.score_many([record], options.n_cot, options.seed, gate=options.gate)
     return record, judgement
 
 
-def _read(model: str, source: str, options: JudgeOptions) -> Table:
+def find_gate(model: str, source: str, options: GateOptions) -> str:
+    """Judge every item both ways; returns the gate for a share of the tokens, and a table of what
+    it costs and, where there are gold scores, what it is worth.
+    Raises ValueError: the share is not from 0 to 1, or nothing is to be chosen.
+    Raises RuntimeError: nothing was judged.
+    """
+    _check(model, options)
+    if options.n_cot < 1 or options.share > 1:
+        raise ValueError("a gate needs --n-cot of 1 or more, and a --share of the tokens from 0 to 1")
+    records = _read(model, source, options).records
+    if any(record.score is not None for record in records):
+        # What measures them is missed before all items are judged, and not after.
+        import scipy  # noqa: F401
+    ways = []
+    with _open(model, options) as judge:
+        for n_cot in (0, options.n_cot):
+            judged = judge.score_many(records, n_cot, options.seed)
+            ways.append(list(_with_progress(judged, len(records), 0)))
+            _check_failures([judgement.error for judgement in ways[-1] if judgement.error], records)
+    direct, reasoned = ways
+    # In figures that can be typed; up, so that no more is written.
+    gate = math.ceil(choose_gate(direct, reasoned, options.share) * 1e4) / 1e4
+    gated = [late if early.doubt > gate else early for early, late in zip(direct, reasoned)]
+    rows = {"direct": direct, f"--gate {gate:g}": gated, "always reasoning": reasoned}
+    return f"{_costs(rows, records)}\n--gate {gate:g}"
+
+
+def _costs(rows: Mapping[str, Sequence[Judgement]], records: Sequence[Record]) -> str:
+    """Of each way of judging, the share of the items and tokens that are reasoned, and figures."""
+    most = max(1, *(sum(map(tokens_of, judged)) for judged in rows.values()))
+    golds = {place: record.score for place, record in enumerate(records) if record.score is not None}
+    table: dict[str, dict[str, Any]] = {}
+    for name, judged in rows.items():
+        table[name] = {"reasoned": fmean(bool(judgement.feedback) for judgement in judged)}
+        table[name] |= {"tokens": sum(map(tokens_of, judged)) / most}
+        if golds:
+            table[name] |= evaluate([judged[place].score for place in golds], list(golds.values()))
+    return format_table(table, ["reasoned", "tokens", *(["pearson", "rmse"] if golds else [])])
+
+
+def _read(model: str, source: str, options: AskOptions) -> Table:
     """The input. Gold scores are read as the judge's scale has them, and are not needed."""
     scale = None
     if options.spec or not (_is_server(model) or options.adapter):
@@ -134,7 +180,7 @@ def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterat
             yield judgement
 
 
-def _check(model: str, options: JudgeOptions) -> None:
+def _check(model: str, options: AskOptions) -> None:
     """Raises ValueError, or FileNotFoundError, for what can be told without reading anything."""
     other = "file" if _is_server(model) else "server"
     for item in fields(options):
@@ -155,7 +201,7 @@ def _check(model: str, options: JudgeOptions) -> None:
             check_runs(file, -1 if options.gpu_layers is None else options.gpu_layers)
 
 
-def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
+def _open(model: str, options: AskOptions, **changed: Any) -> Judge:
     group = "server" if _is_server(model) else "file"
     names = [item.name for item in fields(options) if item.metadata["group"] == group or item.name == "parallel"]
     chosen = {name: getattr(options, name) for name in names} | changed
@@ -167,7 +213,7 @@ def _open(model: str, options: JudgeOptions, **changed: Any) -> Judge:
     return Judge.from_gguf(model, options.spec, **_asked(options), **given)
 
 
-def _asked(options: JudgeOptions) -> dict[str, Any]:
+def _asked(options: AskOptions) -> dict[str, Any]:
     """How a model without a judge spec is asked. Raises ValueError: a scale or a file is none."""
     asked: dict[str, Any] = {}
     if options.scale:

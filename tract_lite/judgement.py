@@ -27,9 +27,10 @@ class Judgement:
     """What a judge says of one record. A failed item has `error` and no score (NaN).
 
     `score` is the CoT-RAIL expectation: the mean of `scores`, one for each reasoning in `feedback`
-    (`feedback_ids`: its tokens). `probabilities` are those of the labels (worth `values`), averaged
-    over the reasonings; `mass` is their sum: what is missing from 1 lies on tokens that are no
-    score. `mode` is the value of the most likely label. `truncated`: the length limit stopped one.
+    (`feedback_ids`: its tokens), or a single one that was read without any. `probabilities` are
+    those of the labels (worth `values`), averaged over the reasonings; `mass` is their sum: what is
+    missing from 1 lies on tokens that are no score. `mode` is the value of the most likely label.
+    `truncated`: the length limit stopped one.
 
     `std` tells how sure the judge is: the standard deviation of `values` under `probabilities`,
     normalised. It holds the doubt after a reasoning and that between reasonings; `spread` is the
@@ -156,6 +157,8 @@ class Judgement:
         for number, (text, score) in enumerate(zip(self.feedback, self.scores), 1):
             several = f" {number} of {len(self.scores)}, score {score:.2f}" if len(self.scores) > 1 else ""
             yield from _section(f"Reasoning{several}", text, width)
+        if self.scores and not self.feedback:
+            yield from _section("Reasoning", "(none: the score was read without one)", width)
         yield from self._bars(width)
         yield from textwrap.wrap("   ".join(self._figures(record)), width)
         for warning in self._warnings():

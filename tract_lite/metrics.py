@@ -75,6 +75,34 @@ def compare_judges(
     return {"count": int(both.sum()), "differences": differences, "intervals": intervals, **figures}
 
 
+def choose_gate(direct: Sequence[Judgement], reasoned: Sequence[Judgement] | None = None, share: float = 0.35) -> float:
+    """The `gate` of `score_many` with which at most `share` of all tokens is written.
+
+    `direct` are judgements of items like those to come, with `n_cot` 0; `reasoned` those of the
+    same items with reasonings, whose tokens are counted: without them, all reasonings are taken to
+    be of one length. What failed is left out.
+    Raises ValueError: `share` is not from 0 to 1, the items differ, or none was judged.
+    """
+    pairs = list(zip(direct, reasoned or direct, strict=True))
+    items = [
+        (early.doubt, tokens_of(late) if reasoned else 1) for early, late in pairs if not early.error and not late.error
+    ]
+    if not items or not 0 <= share <= 1:
+        raise ValueError(f"a gate needs judged items and a share from 0 to 1, got {len(items)} and {share}")
+    left = share * sum(tokens for _, tokens in items)
+    for doubt, tokens in sorted(items, reverse=True):
+        left -= tokens
+        # Those in more doubt than the first that is too much.
+        if left < 0:
+            return doubt
+    return 0.0
+
+
+def tokens_of(judgement: Judgement) -> int:
+    """How many tokens the reasonings of a judgement have."""
+    return sum(map(len, judgement.feedback_ids))
+
+
 def _paired(golds: Sequence[float], *predictions: Sequence[float | None]) -> list[np.ndarray]:
     """The golds and all predictions as arrays. Raises ValueError: they don't pair up."""
     gold, *predicted = arrays = [np.array(list(scores), dtype=np.float64) for scores in (golds, *predictions)]

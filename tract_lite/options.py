@@ -77,10 +77,10 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class JudgeOptions(DataOptions):
-    """What a user may choose for judging a file; None leaves it to the judge."""
+class AskOptions(DataOptions):
+    """What a user may choose for opening and asking a judge; None leaves it to the judge."""
 
-    n_cot: int = option(1, "reasonings per item", least=1)
+    n_cot: int = option(1, "reasonings per item; 0 reads the score without one", least=0)
     seed: int = option(0, "seed of the sampling")
     parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
     spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
@@ -97,11 +97,25 @@ class JudgeOptions(DataOptions):
 
 
 @dataclass(frozen=True)
+class JudgeOptions(AskOptions):
+    """What a user may choose for judging a file."""
+
+    gate: float | None = option(None, "reason only where a direct score's doubt is above (see `gate`)", least=0)
+
+
+@dataclass(frozen=True)
+class GateOptions(AskOptions):
+    """What a user may choose for finding a gate."""
+
+    share: float = option(0.35, "of the tokens that always reasoning writes, what may be written", least=0)
+
+
+@dataclass(frozen=True)
 class ReasonOptions(DataOptions):
     """What a user may choose for the reasonings of a trained adapter."""
 
     seed: int = option(0, "seed of the sampling")
-    parallel: int = option(16, "sequences decoded at once", least=1)
+    parallel: int = option(16, "sequences that transformers decodes at once", least=1)
 
 
 @dataclass(frozen=True)

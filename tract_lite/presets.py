@@ -125,6 +125,7 @@ class StageOptions(DataOptions):
     max_length: int | None = option(None, "tokens of a training sequence at most")
     max_new_tokens: int | None = option(None, "tokens of a reasoning at most")
     epochs: float | None = option(None, "epochs of each stage")
+    direct_share: float | None = option(None, "share of the training that scores without a reasoning (0)", least=0)
     precision: str | None = option(None, "type to compute in (by the hardware)", choices=PRECISIONS)
 
 
@@ -178,7 +179,7 @@ def preset_of_machine() -> str:
 
 def preset_for(options: StageOptions) -> Preset:
     """The preset with what the user chose put in its place.
-    Raises ValueError: the scale can't be read.
+    Raises ValueError: the scale can't be read, or a run is to have no reasonings.
     """
     name = preset_of_machine() if options.preset == "auto" else options.preset
     # A form in a notebook has no other way of leaving a field to the preset.
@@ -191,8 +192,11 @@ def preset_for(options: StageOptions) -> Preset:
     if names := chosen.get("quantization"):
         # They stand in the names of files.
         chosen["quantization"] = tuple(name.lower() for name in names)
-    if options.epochs is not None:
-        chosen["training"] = replace(preset.training, epochs=options.epochs)
+    if isinstance(options, RunOptions) and options.direct_share == 1:
+        advice = "take less, or train one stage alone with `tract-lite train`"
+        raise ValueError(f"--direct-share 1 leaves no reasonings for a second stage\n{advice}")
+    stage = {name: getattr(options, name) for name in ("epochs", "direct_share")}
+    chosen["training"] = replace(preset.training, **{n: value for n, value in stage.items() if value is not None})
     known = {item.name for item in fields(Preset)}
     return replace(preset, **{key: value for key, value in chosen.items() if key in known})
 

@@ -1,9 +1,10 @@
 """What an engine is, what it is asked and what it answers: llama.cpp, transformers, servers."""
 
 import hashlib
+from collections import deque
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import Any, Iterable, Iterator, Protocol, Self, Sequence
+from typing import Any, Callable, Iterable, Iterator, Protocol, Self, Sequence, TypeVar
 
 import numpy as np
 
@@ -16,12 +17,18 @@ from tract_lite.vocabulary import Vocabulary
 class Task:
     """One item for an engine: a prompt, and one seed for each reasoning to sample.
 
-    With `reasonings` (ids, one sequence per seed) nothing is sampled: their scores are read.
+    With `reasonings` (ids, one sequence per seed) nothing is sampled: their scores are read. That
+    of an empty one is read straight after the prompt and the marker.
     """
 
     prompt: Sequence[int]
     seeds: Sequence[int]
     reasonings: Sequence[Sequence[int]] | None = None
+
+    @classmethod
+    def direct(cls, prompt: Sequence[int]) -> Self:
+        """The task of scoring without a reasoning."""
+        return cls(prompt, [0], [[]])
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,12 @@ class Sample:
     error_bound: float = 0.0
 
 
+# Second tasks write where first ones read: as many fill an engine that does both many at once.
+SECOND_TOGETHER = 64
+
 # Each task's answer, or the exception that says why there is none, with its index in the input.
 Answers = Iterator[tuple[int, list[Sample] | Exception]]
+Answer = TypeVar("Answer")
 
 
 class Engine(Protocol):
@@ -73,7 +84,8 @@ def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
     # The label and the end token count as well, as in training.
     room = context_length - len(task.prompt) - len(spec.marker_ids) - 2
     given = max(map(len, task.reasonings or ()), default=0)
-    if max(given, 1) > room:
+    # What is to be written needs room for a token.
+    if max(given, task.reasonings is None) > room:
         what = f"{'prompt and reasoning' if given else 'prompt'} of {len(task.prompt) + given} tokens"
         raise ValueError(f"{what} does not fit in the context of {context_length} tokens")
     return min(room, spec.sampling.max_new_tokens)
@@ -85,40 +97,82 @@ def sample_seed(seed: int, record_key: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
 
-def answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Iterator[list[Sample] | Exception]:
-    """The engine's answers in the order of what is asked.
+def answers_of(engine: Engine, asked: Iterable[Task | Exception]) -> Answers:
+    """The engine's answers with their place in what is asked, as they are completed.
 
-    An exception in place of a task is its own answer, given in its turn.
+    An exception in place of a task is its own answer.
     """
-    asked = iter(asked)
-    for first in asked:
+    numbered = enumerate(asked)
+    for place, first in numbered:
         if not isinstance(first, Exception):
-            yield from _answers_in_order(engine, chain([first], asked))
+            yield from _answers_of(engine, chain([(place, first)], numbered))
         else:
-            yield first
+            yield place, first
 
 
-def _answers_in_order(engine: Engine, asked: Iterable[Task | Exception]) -> Iterator[list[Sample] | Exception]:
-    ready: dict[int, list[Sample] | Exception] = {}
+def _answers_of(engine: Engine, asked: Iterable[tuple[int, Task | Exception]]) -> Answers:
+    refused: deque[tuple[int, Exception]] = deque()
     # By the engine's numbers, which count the tasks alone.
     places: dict[int, int] = {}
 
     def tasks() -> Iterator[Task]:
         numbers = count()
-        for place, task in enumerate(asked):
+        for place, task in asked:
             if isinstance(task, Exception):
-                ready[place] = task
-                if len(ready) >= MOST_WAITING:
+                refused.append((place, task))
+                if len(refused) >= MOST_WAITING:
                     return
             else:
                 places[next(numbers)] = place
                 yield task
 
-    following = 0
     for number, answer in engine.run(tasks()):
-        ready[places.pop(number)] = answer
+        while refused:
+            yield refused.popleft()
+        yield places.pop(number), answer
+    yield from refused
+    yield from ((place, RuntimeError("the engine gave no answer")) for place in places.values())
+
+
+def in_order(answers: Iterable[tuple[int, Answer]]) -> Iterator[Answer]:
+    """What has places from 0 on, in the order of these."""
+    ready: dict[int, Answer] = {}
+    following = 0
+    for place, answer in answers:
+        ready[place] = answer
         while following in ready:
             yield ready.pop(following)
             following += 1
-    ready |= dict.fromkeys(places.values(), RuntimeError("the engine gave no answer"))
-    yield from (ready[place] for place in sorted(ready))
+
+
+def asked_again(
+    engine: Engine, asked: Iterable[Task | Exception], again: Callable[[int, list[Sample] | Exception], Task | None]
+) -> Answers:
+    """As `answers_of`, but where `again` gives a second task for an answer, that one's instead.
+
+    Second tasks are asked many together, before those of `asked` that are still to come.
+    """
+    numbered, places = enumerate(asked), dict[int, int]()
+    second, ready = deque[tuple[int, Task]](), deque[tuple[int, Task | Exception]]()
+
+    def tasks() -> Iterator[Task | Exception]:
+        for number in count():
+            if not ready and len(second) < SECOND_TOGETHER and (first := next(numbered, None)):
+                ready.append(first)
+            elif not ready:
+                ready.extend(second)
+                second.clear()
+            if not ready:
+                return
+            places[number], task = ready.popleft()
+            yield task
+
+    while True:
+        for number, answer in answers_of(engine, tasks()):
+            place = places.pop(number)
+            if (task := again(place, answer)) is None:
+                yield place, answer
+            else:
+                second.append((place, task))
+        if not second:
+            return

@@ -47,7 +47,8 @@ class TransformersEngine(Engine):
                     jobs += jobs_of(index, task, self.spec, self.vocabulary, self.spec.max_length)
                 except ValueError as error:
                     yield index, error
-            jobs.sort(key=lambda job: len(job.prompt))
+            # What is only read does not wait for what is written.
+            jobs.sort(key=lambda job: (job.reasoning is None, len(job.ids)))
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
                 for job, scores in zip(batch, self._scores(batch)):
