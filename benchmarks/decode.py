@@ -53,11 +53,11 @@ ROWS = (
     Row("q4_k_m, repacked", repack=True),
     Row("q4_0, repacked", weights="q4_0", repack=True),
     Row("q4_k_m, 64 sequences", sequences=64),
-    Row("q4_k_m, flash attention", flash=True),
-    Row("q4_k_m, flash attention, q8_0 cache", flash=True, cache="q8_0"),
+    Row("q4_k_m, no flash attention", flash=False),
+    Row("q4_k_m, q8_0 cache", cache="q8_0"),
     Row("q4_k_m, one memory, 1 prompt", apart=False),
     Row("q4_k_m, one memory, 4 prompts", apart=False, prompts=4),
-    Row("q4_k_m, one memory, 4 prompts, flash attention", apart=False, prompts=4, flash=True),
+    Row("q4_k_m, one memory, 4 prompts, no flash attention", apart=False, prompts=4, flash=False),
 )
 
 

@@ -9,11 +9,6 @@ import numpy as np
 from tract_lite.engines.llama_cpp import cache_bytes, complaint, complaints, has_state, quiet_llama
 
 BATCH_TOKENS = 512
-# A CPU gains nothing from more at once, and without flash attention they cost memory.
-CPU_BATCH_TOKENS = 256
-# From this length on several sequences are decoded faster without flash attention on a CPU, whose
-# kernel calls a function for each pair of a query and a key.
-LONG_SEQUENCE = 512
 # llama.cpp's flag for what of a sequence can't be cut (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY).
 _STATE = 1
 # Those of llama.cpp that its kernels read back; with any other it ends the process.
@@ -24,8 +19,7 @@ CACHES = (*EXACT_CACHES, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 class Context:
     """The memory of `sequences` numbered sequences of up to `length` tokens each.
 
-    `threads`: None for all CPUs in reach. `on_gpu`: whether a GPU computes. `flash_attention`: None
-    leaves the choice to llama.cpp, but for several long sequences on a CPU, which go without.
+    `threads`: None for all CPUs in reach. `flash_attention`: None leaves the choice to llama.cpp.
     `cache_type`: one of `CACHES`; all but the first two need flash attention.
     Raises ValueError: fewer than one sequence, or another type.
     Raises RuntimeError: llama.cpp can't hold that much; also its methods, where llama.cpp fails.
@@ -38,7 +32,6 @@ class Context:
         length: int,
         *,
         threads: int | None = None,
-        on_gpu: bool = False,
         flash_attention: bool | None = None,
         cache_type: str = "f16",
     ):
@@ -48,12 +41,9 @@ class Context:
         params = llama.llama_context_default_params()
         params.n_seq_max = params.n_outputs_max = sequences
         params.n_ctx = sequences * length
-        params.n_batch = self.batch_size = max(BATCH_TOKENS, sequences)
-        params.n_ubatch = self.batch_size if on_gpu else max(CPU_BATCH_TOKENS, sequences)
+        params.n_batch = params.n_ubatch = self.batch_size = max(BATCH_TOKENS, sequences)
         params.n_threads = params.n_threads_batch = self.threads = threads or usable_cpus()
         params.type_k = params.type_v = _tensor_type(cache_type)
-        if flash_attention is None and cache_type.lower() in EXACT_CACHES:
-            flash_attention = False if sequences > 1 and length >= LONG_SEQUENCE and not on_gpu else None
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.kv_unified = False
         complaints.clear()

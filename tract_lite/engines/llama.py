@@ -23,7 +23,7 @@ from tract_lite.spec import JudgeSpec, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary
 
 # Where `parallel` is left open: what the cache takes at most, and how many sequences there are. On
-# a CPU a token costs a third less among 64 than among 16; more gain little.
+# a CPU a token costs a quarter less among 64 than among 16; more gain little.
 CACHE_BYTES = 4 * 10**9
 MAX_PARALLEL = 64
 # Tasks are taken from the input in windows of this many times `parallel`, and sorted inside one.
@@ -45,9 +45,9 @@ class LlamaEngine(Engine):
     `context_length`: tokens that one sample may take, by default the spec's `max_length` within
     what the model was trained for; the memory holds `parallel` times as many. `parallel`: None for
     what `default_parallel` gives. `threads`: None for all CPUs in reach. `gpu_layers`: below 0 for
-    all. `flash_attention` and `cache_type` ("f16", "f32", "q8_0", ...): as in `Context`. `repack`:
-    keep a second copy of the weights in the processor's own order. A file is tried first, see
-    `check_runs`.
+    all. `flash_attention`: None leaves the choice to llama.cpp. `cache_type`: as in `Context`, such
+    as "f16", "f32" or "q8_0". `repack`: keep a second copy of the weights in the processor's own
+    order. A file is tried first, see `check_runs`.
     Raises ValueError: not a usable GGUF file, no judge spec, the spec of another vocabulary, or
         `repack` on a processor with AMX.
     Raises RuntimeError: llama.cpp can't hold that much.
@@ -95,8 +95,7 @@ class LlamaEngine(Engine):
         if parallel is None:
             parallel = default_parallel(self.context_length, *memory_bytes(self._model))
         options: dict[str, Any] = {"flash_attention": flash_attention, "cache_type": cache_type}
-        on_gpu = gpu_layers != 0 and llama.llama_supports_gpu_offload()
-        self._context = Context(self._model, parallel, self.context_length, threads=threads, on_gpu=on_gpu, **options)
+        self._context = Context(self._model, parallel, self.context_length, threads=threads, **options)
         self._context.use_adapter(pointer)
         self.shape = {"model": Path(path).name, "parallel": parallel, "context_length": self.context_length}
         self.shape |= {"threads": self._context.threads, "batch_size": self._context.batch_size, "repack": repack}
