@@ -49,6 +49,7 @@ from tract_lite import (
     parse_options,
     preset_for,
     read_records,
+    reasoning_judge,
     settings_of,
     train_adapter,
 )
@@ -71,17 +72,17 @@ def two_stage(options: RunOptions, run: Run) -> None:
     p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
     opened = {"seed_model": preset.seed_model, "precision": preset.precision, "parallel": preset.parallel}
     judge_of = partial(Judge.from_adapter, **opened)
-    open_seed = partial(Judge.from_seed, parallel=preset.parallel, **seed)
+    if run.is_first and not run.stages():
+        estimate_run(data.training, validation=data.validation, parallel=preset.parallel, **p0)
+    open_seed = partial(reasoning_judge, parallel=preset.parallel, **seed)
     records = reasoned([*data.training, *data.validation], run, open_seed)
     training, validation = apart(records, data.validation)
-    if not run.stages():
-        estimate_run(training, parallel=preset.parallel, **p0)
 
     # Stage 1: learn from the reasonings in the data (p_a), or from the seed model's own.
     p_s = train_adapter(training, run / "stage1", validation=validation, **p0)
 
     # The stage-1 judge writes its own reasoning for every item. Its score is thrown away.
-    own = run.once("self_generated.jsonl", write_reasonings, partial(judge_of, p_s), records)
+    own = run.once("self_generated.jsonl", write_reasonings, partial(reasoning_judge, p_s, **opened), records)
     training, validation = apart(read_records(own), data.validation)
 
     # Stage 2: the seed model anew, on reasonings like those that it will write itself.
@@ -111,7 +112,7 @@ def reasoned(records: list[Record], run: Run, open_seed: Any) -> list[Record]:
 
 def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> None:
     """A judge's own reasonings for the records."""
-    with open_judge() as judge:
+    with open_judge(records=records) as judge:
         kept, rejected = generate_cots(judge, records, out)
     logger.info("%s: %d reasonings written, %d rejected %s", out.name, len(kept), rejected.total(), dict(rejected))
 

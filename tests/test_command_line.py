@@ -283,6 +283,51 @@ def test_gold_scores_that_are_given_later_are_taken(folder, tmp_path):
             assert [row["gold"] for row in csv.DictReader(file)] == [str(float(g)) if g else "" for g in golds]
 
 
+def run_verb(capsys, *arguments) -> str:
+    """What a verb prints."""
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def test_scores_without_reasonings_go_wherever_others_go(folder, data, tmp_path, capsys):
+    command = ("judge", folder / "judge.gguf", data, "--n-cot", 0, "--threads", 1)
+    for suffix in ("csv", "parquet"):
+        assert "6 judged, 0 of them failed" in run_verb(capsys, *command, "-o", tmp_path / f"{suffix}.{suffix}")
+        assert "5 of them with a judgement" in run_verb(capsys, "evaluate", tmp_path / f"{suffix}.{suffix}")
+        assert "0 judged" in run_verb(capsys, *command, "-o", tmp_path / f"{suffix}.{suffix}")
+    rows = read_rows(tmp_path / "csv.jsonl")
+    assert rows == read_rows(tmp_path / "parquet.jsonl")
+    assert all(row["feedback"] == row["feedback_ids"] == [] and len(row["scores"]) == 1 for row in rows)
+    assert json.loads((tmp_path / "csv.run.json").read_text())["n_cot"] == 0
+    assert read_table(tmp_path / "parquet.parquet")["feedback"].to_pylist() == [""] * 6
+    assert "Reasoning\n  (none: " in run_verb(capsys, *command, "--explain")
+
+
+def test_a_gate_is_found_and_used_by_verbs(folder, data, tmp_path, capsys):
+    model, same = folder / "judge.gguf", ("--threads", 1, "--seed", 3)
+    *table, found = run_verb(capsys, "gate", model, data, *same, "--share", 0.5).splitlines()
+    ways = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert ways[0] == ["", "reasoned", "tokens", "pearson", "rmse"]
+    assert [name for name, *_ in ways[2:]] == ["direct", found, "always reasoning"]
+    assert [tokens for _, _, tokens, *_ in ways[2::2]] == ["0.000", "1.000"] and 0.1 < float(ways[3][2]) <= 0.5
+    output, gate = tmp_path / "out.jsonl", found.removeprefix("--gate ")
+    done = run_verb(capsys, "judge", model, data, "-o", output, *same, "--gate", gate)
+    rows = read_rows(output)
+    count = sum(bool(row["feedback"]) for row in rows)
+    assert f"; {count} of 6 with reasonings; 1 of 6 have no gold score" in done
+    assert f"{count / 6:.3f}" == ways[3][1] and json.loads((tmp_path / "out.run.json").read_text())["gate"] == float(
+        gate
+    )
+    printed = run_verb(capsys, "judge", model, data, "-o", "-", *same, "--gate", gate)
+    assert [json.loads(line) for line in printed.splitlines()] == rows
+    first = run_verb(capsys, "judge", model, data, "--explain", *same, "--gate", gate)
+    assert ("(none: " in first) == (rows[0]["feedback"] == [])
+    # Without gold scores it can only be told what it costs.
+    write_rows(tmp_path / "bare.jsonl", ({**row, "score": None} for row in ROWS))
+    bare = run_verb(capsys, "gate", model, tmp_path / "bare.jsonl", *same)
+    assert "rmse" not in bare and "| tokens |" in bare
+
+
 def test_a_dash_writes_rows_to_standard_output_as_they_come(folder, data, tmp_path):
     _, rows = judge(folder, data, tmp_path / "out.jsonl")
     done = call("judge", folder / "judge.gguf", data, "-o", "-", "--threads", 1)
@@ -684,7 +729,10 @@ def test_report_prints_where_the_page_is(tmp_path):
         ),
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "plain.jsonl holds other rows than these"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2 of 2: line 1 and 1 more: neither"),
-        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0"), "--n-cot must be at least 1"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "-1"), "--n-cot must be at least 0"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0", "--gate", "1"), "take an n_cot of 1 or more"),
+        (("gate", "{judge}", "{data}", "--n-cot", "0"), "a gate needs --n-cot of 1 or more"),
+        (("gate", "{judge}", "{data}", "--share", "35"), "and a --share of the tokens from 0 to 1"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at none.json"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.gguf"), "none.gguf"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "{text}"), "text.gguf is not a GGUF file"),
@@ -850,6 +898,7 @@ def test_reason_writes_a_reasoning_for_each_record_and_goes_on(trained, tmp_path
 
 
 @pytest.mark.training
+@pytest.mark.usefixtures("float32_cpu")
 @pytest.mark.parametrize("options", [(), ("--base", "16bit")])
 def test_merge_writes_a_judge_s_folder_that_scores_as_the_adapter_does(trained, tmp_path, capsys, options):
     merged = tmp_path / "merged"

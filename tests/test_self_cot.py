@@ -74,15 +74,24 @@ def test_a_run_that_was_stopped_goes_on_and_judges_nothing_twice(tmp_path):
     out = tmp_path / "cots.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generate_cots(Judge(make_engine()), stopping, out)
+    # All that was complete, as it came: the engine answers in another order.
     kept = [record.response for record in read_records(out)]
-    assert kept == ["a", "b", "c"]
+    assert kept == ["c", "b", "a", "g"]
 
     engine = make_engine()
     written, rejected = generate_cots(Judge(engine), records, out)
-    assert sorted(texts_read_by(engine)) == ["d", "e", "f", "g", "h", "i"]
+    assert sorted(texts_read_by(engine)) == ["d", "e", "f", "h", "i"]
     assert rejected == {"cut off by the length limit": 1}
     whole, _ = generate_cots(Judge(make_engine()), records, tmp_path / "whole.jsonl")
-    assert written == whole
+    assert written == whole and [record.response for record in written] == list("abcdefghi")
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_only_what_is_asked_for_is_returned_in_the_order_of_the_question(tmp_path):
+    records = make_records("a", "b", "CUT", "c")
+    generate_cots(Judge(make_engine()), records, tmp_path / "cots.jsonl")
+    written, rejected = generate_cots(Judge(make_engine()), [records[3], records[0]], tmp_path / "cots.jsonl")
+    assert [record.response for record in written] == ["c", "a"] and rejected == {}
 
 
 def test_a_finished_file_is_not_judged_again(tmp_path):

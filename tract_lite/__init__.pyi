@@ -10,9 +10,15 @@ from .estimate import estimate_run as estimate_run
 from .export.exportable import check_exportable as check_exportable
 from .export.gguf import export_adapter as export_adapter, export_gguf as export_gguf
 from .export.merge import merge_adapter as merge_adapter
+from .export.reasoning_judge import reasoning_judge as reasoning_judge
 from .judge import Judge as Judge
 from .judgement import Judgement as Judgement
-from .metrics import compare_judges as compare_judges, evaluate as evaluate, format_table as format_table
+from .metrics import (
+    choose_gate as choose_gate,
+    compare_judges as compare_judges,
+    evaluate as evaluate,
+    format_table as format_table,
+)
 from .presets import (
     Preset as Preset,
     RunOptions as RunOptions,

@@ -14,7 +14,15 @@ from typing import Any, Callable, Sequence
 from tract_lite.data.places import seed_model_of
 from tract_lite.data.records import how_to_read, read_records, with_own_ids
 from tract_lite.errors import told
-from tract_lite.options import ExportOptions, JudgeOptions, MergeOptions, ReasonOptions, add_flags, options_from
+from tract_lite.options import (
+    ExportOptions,
+    GateOptions,
+    JudgeOptions,
+    MergeOptions,
+    ReasonOptions,
+    add_flags,
+    options_from,
+)
 from tract_lite.presets import TrainOptions, preset_for
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
@@ -41,18 +49,19 @@ def train(args: argparse.Namespace) -> None:
     training = _training_records(args.data, **how)[: preset.max_items]
     validation = _training_records(options.validation, **how) if options.validation else []
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
-    estimate_run(training, preset.training, parallel=preset.parallel, **seed)
+    estimate_run(training, preset.training, parallel=None, validation=validation, **seed)
     print(train_adapter(training, args.output, settings=preset.training, validation=validation, **seed))
 
 
 def reason(args: argparse.Namespace) -> None:
     """Let an adapter's judge write a reasoning for each record, in place of the one it has."""
-    from tract_lite.judge import Judge
+    from tract_lite.export.reasoning_judge import reasoning_judge
     from tract_lite.self_cot import generate_cots
 
+    logging.getLogger("tract_lite").setLevel(logging.INFO)
     options = options_from(ReasonOptions, args)
     records = _training_records(args.data, **how_to_read(options))
-    with Judge.from_adapter(args.adapter_dir, parallel=options.parallel) as judge:
+    with reasoning_judge(args.adapter_dir, records=records, parallel=options.parallel) as judge:
         kept, rejected = generate_cots(judge, records, args.output, options.seed)
     print(f"{args.output}: {len(kept)} reasonings, {rejected.total()} rejected {dict(rejected) or ''}".rstrip())
 
@@ -102,6 +111,13 @@ def judge(args: argparse.Namespace) -> None:
         print(judge_file(args.model, args.input, args.output, options))
 
 
+def gate(args: argparse.Namespace) -> None:
+    """Find the doubt above which reasoning pays, for a share of its tokens."""
+    from tract_lite.judge_file import find_gate
+
+    print(find_gate(args.model, args.data, options_from(GateOptions, args)))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Print how well judgements agree with their gold scores."""
     from tract_lite.data.table import read_judged
@@ -135,6 +151,7 @@ DATA = ("data", "DATA", "file or hub id of records with gold scores and reasonin
 ADAPTER_DIR = ("adapter_dir", "ADAPTER", "folder that `train` has written")
 MODEL_DIR = ("model_dir", "MODEL_DIR", "merged judge, or the folder of an adapter")
 MODEL = ("model", "MODEL", "GGUF file, or the http(s) URL of a server")
+VALIDATION = ("data", "VALIDATION", "file or hub id of items like those to come, not trained on")
 INPUT = ("input", "INPUT", "file or hub id; '-' is JSONL on standard input")
 JUDGED = ("output", "OUTPUT", "what `judge` has written: FILE.jsonl, or the table of its rows")
 JUDGE_OUTPUT = (
@@ -149,6 +166,7 @@ VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
     (merge, (ADAPTER_DIR,), "FOLDER", MergeOptions),
     (export, (MODEL_DIR,), "FILE.gguf", ExportOptions),
     (judge, (MODEL, INPUT), "", JudgeOptions),
+    (gate, (MODEL, VALIDATION), "", GateOptions),
     (evaluate, (JUDGED,), "", None),
     (report, (RUN_DIR,), "", None),
 )

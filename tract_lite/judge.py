@@ -25,7 +25,7 @@ from tract_lite.training.settings import ADAPTER, SeedOptions
 logger = logging.getLogger(__name__)
 
 WARNING = "%d of %d judgements have less than %g of the probability on the labels: their scores are pulled down"
-UNTAUGHT = "this judge never learnt to score without a reasoning (--direct-share 0): compare with gold scores first"
+UNTAUGHT = "this judge never learnt to score %s (--direct-share %g): compare with gold scores first"
 
 AnyPath = str | Path
 Reasonings = Sequence[Sequence[Sequence[int]]]
@@ -37,6 +37,8 @@ class Judge:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.spec = engine.spec
+        # Of what was warned.
+        self._warned: set[str] = set()
 
     @classmethod
     def from_gguf(
@@ -62,6 +64,7 @@ class Judge:
             raise ValueError("only a judge from a GGUF file can change its adapter")
         self.engine.use_adapter(path, spec)
         self.spec = self.engine.spec
+        self._warned.clear()
 
     @classmethod
     def from_server(cls, url: str, model: str | None = None, spec: SpecSource | None = None, **options: Any) -> "Judge":
@@ -224,9 +227,7 @@ class Judge:
                 return None
             return None if self._judgement(None, answer, True).doubt <= gate else direct.pop(place)
 
-        is_trained, learnt = "raft_weight" in self.spec.method, self.spec.method.get("direct_share")
-        if (n_cot == 0 or gate is not None) and is_trained and not learnt:
-            logger.warning(UNTAUGHT)
+        self._warn_of_untaught(direct=n_cot == 0 or gate is not None, reasoned=n_cot > 0)
         count = low = 0
         off = Counter[str]()
         try:
@@ -244,6 +245,17 @@ class Judge:
         if broken:
             raise broken[0]
 
+    def _warn_of_untaught(self, *, direct: bool, reasoned: bool) -> None:
+        """Say once if a trained judge is asked in a way that it was not trained for."""
+        if "raft_weight" not in self.spec.method:
+            return
+        share = self.spec.method.get("direct_share") or 0
+        ways = [("without a reasoning", direct and share == 0), ("after a reasoning", reasoned and share == 1)]
+        for way, asked in ways:
+            if asked and way not in self._warned:
+                self._warned.add(way)
+                logger.warning(UNTAUGHT, way, share)
+
     def _off_scale(self, record: Record) -> Iterator[str]:
         """What of a record belongs to another scale than the judge's."""
         gold, rubric, scale = getattr(record, "score", None), getattr(record, "rubric", None), self.spec.scale
@@ -257,9 +269,11 @@ class Judge:
         try:
             if not isinstance(record, Record):
                 raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
-            count = n_cot if given is None else len(given)
-            if count < 0:
+            if n_cot < 0:
                 raise ValueError("n_cot must be at least 0")
+            if given is not None and not len(given):
+                raise ValueError("no reasoning is given; n_cot=0 scores without one")
+            count = n_cot if given is None else len(given)
             seeds = [sample_seed(seed, f"{record.id}/{record.key}", number) for number in range(count)]
             return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
         except Exception as error:  # whatever one record makes fail: the others can be judged

@@ -96,7 +96,7 @@ def find_gate(model: str, source: str, options: GateOptions) -> str:
     Raises RuntimeError: nothing was judged.
     """
     _check(model, options)
-    if options.n_cot < 1 or options.share > 1:
+    if options.n_cot < 1 or not 0 <= options.share <= 1:
         raise ValueError("a gate needs --n-cot of 1 or more, and a --share of the tokens from 0 to 1")
     records = _read(model, source, options).records
     if any(record.score is not None for record in records):
@@ -182,6 +182,9 @@ def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterat
 
 def _check(model: str, options: AskOptions) -> None:
     """Raises ValueError, or FileNotFoundError, for what can be told without reading anything."""
+    gate = getattr(options, "gate", None)
+    if gate is not None and (options.n_cot < 1 or not gate >= 0):
+        raise ValueError("--gate is a doubt of 0 or more, and chooses between a direct score and --n-cot reasonings")
     other = "file" if _is_server(model) else "server"
     for item in fields(options):
         if item.metadata["group"] == other and getattr(options, item.name) is not None:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tract_lite.data.columns import Columns
 from tract_lite.data.formats import record_to_row, to_record
-from tract_lite.data.resume import ResumableRows
+from tract_lite.data.resume import ResumableRows, name_of
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.record import Record
@@ -23,27 +23,33 @@ def generate_cots(
 ) -> tuple[list[Record], Counter[str]]:
     """One reasoning per record, written to `out` (JSONL) with the record and its gold score.
 
-    Goes on where an earlier call stopped. Returns the records with their new reasonings (text and
-    ids), and how many were rejected and why, which `rejected_file` names. A record without an id
-    gets its position.
+    A row is in the file as soon as it is complete, in any order; the last one puts them in that of
+    the records. Goes on where an earlier call stopped. Returns the records with their new
+    reasonings (text and ids), and how many were rejected and why, which `rejected_file` names. A
+    record without an id gets its position.
     Raises ValueError: two records of one id, no usable reasoning, or `out` is of another judge.
     """
     records = [replace(record, id=record.id or str(n)) for n, record in enumerate(records)]
-    if len({record.id for record in records}) < len(records):
+    names = list(map(name_of, records))
+    if len(set(names)) < len(names):
         raise ValueError("each record needs an id of its own, to be told apart in the file")
     kept, rejected = ResumableRows(out), ResumableRows(rejected_file(out))
     for rows in (kept, rejected):
         rows.claim(judge.how(seed=seed), judge.engine.shape)
     todo = [record for record in records if not (kept.has(record) or rejected.has(record))]
-    for judgement, record in zip(tqdm(judge.score_many(todo, seed=seed), "reasonings", len(todo)), todo):
-        if reason := _fault(judgement):
-            rejected.append(record, {"reason": reason})
-        else:
-            [text], [ids] = judgement.feedback, judgement.feedback_ids
-            kept.append(record, record_to_row(replace(record, feedback=text, feedback_ids=tuple(ids))))
-    reasons = Counter(row["reason"] for row in rejected.rows())
+    with tqdm(desc="reasonings", total=len(records), initial=len(records) - len(todo)) as progress:
+        for place, judgement in judge.as_completed(todo, seed=seed):
+            record = todo[place]
+            if reason := _fault(judgement):
+                rejected.append(record, {"reason": reason})
+            else:
+                [text], [ids] = judgement.feedback, judgement.feedback_ids
+                kept.append(record, record_to_row(replace(record, feedback=text, feedback_ids=tuple(ids))))
+            progress.update()
+    kept.tidy(names)
+    reasons = Counter(rejected.row(name)["reason"] for name, record in zip(names, records) if rejected.has(record))
     columns = Columns()
-    reasoned = [to_record(row, columns) for row in kept.rows()]
+    reasoned = [to_record(kept.row(name), columns) for name, record in zip(names, records) if kept.has(record)]
     if not reasoned:
         why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
         fault = f"the judge wrote no usable reasoning for any of {len(records)} records ({why})"

@@ -163,18 +163,19 @@ class ResumableRows:
             self.append(record, row)
         return {**row, "id": record.id}
 
-    def tidy(self) -> None:
-        """Leave one row of each id in the file."""
-        if not self._superseded:
+    def tidy(self, first: Sequence[str] = ()) -> None:
+        """Leave one row of each id in the file: those of `first` in that order, then the others."""
+        there = sorted(self._keys, key=self._places.__getitem__)
+        names = list(dict.fromkeys([*(name for name in first if name in self._keys), *there]))
+        if names == there and not self._superseded:
             return
-        places, start, end = set(self._places.values()), 0, 0
-        with replacing(self.path) as part, open(part, "wb") as file:
-            for line, row in read_lines(self.path):
-                if start in places:
-                    file.write(line)
-                    self._places[row["id"]] = end
-                    end += len(line)
-                start += len(line)
+        moved = {}
+        with replacing(self.path) as part, open(part, "wb") as file, open(self.path, "rb") as rows:
+            for name in names:
+                rows.seek(self._places[name])
+                moved[name] = file.tell()
+                file.write(rows.readline())
+        self._keys, self._places = {name: self._keys[name] for name in names}, moved
         self._superseded = 0
 
     def _note(self, row: Row, place: int) -> None:

@@ -47,7 +47,7 @@ class Sample:
     error_bound: float = 0.0
 
 
-# Second tasks write where first ones read: as many fill an engine that does both many at once.
+# Second tasks, which write, wait until there are so many: together they fill an engine.
 SECOND_TOGETHER = 64
 
 # Each task's answer, or the exception that says why there is none, with its index in the input.

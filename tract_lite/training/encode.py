@@ -117,8 +117,8 @@ def encode_records(
 
 
 def _chosen(items: Sequence[Item], ratio: float, seed: int) -> list[Item]:
-    """As many of the items as `ratio` of them, at most all, in their order."""
-    count = min(len(items), round(len(items) * ratio))
+    """As many of the items as `ratio` of them, one at least and at most all, in their order."""
+    count = min(len(items), max(1, round(len(items) * ratio)))
     return [items[place] for place in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 

@@ -12,13 +12,14 @@ from peft import set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from tract_lite.data.jsonl import write_json
+from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.data.places import content_of
 from tract_lite.data.resume import claim
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import encode_records
+from tract_lite.training.precision import pick_4bit
 from tract_lite.training.preflight import preflight
 from tract_lite.training.seed_model import (
     add_lora,
@@ -58,6 +59,11 @@ def train_adapter(
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
     """
     out = Path(out)
+    begun = (out / RESULT_FILE).exists() or newest_complete_checkpoint(out)
+    if options.get("load_in_4bit") is None:
+        # What the machine that began it has chosen: the run may have been moved since.
+        kept = read_json(out / HOW_FILE).get("load_in_4bit") if begun else None
+        options["load_in_4bit"] = pick_4bit() if kept is None else kept
     if PartialState().is_main_process:
         # Left-out options are None here, so that leaving one out at a second call is a change.
         how = {**dict.fromkeys(SeedOptions.__annotations__), **options, "seed_model": str(seed_model)}
@@ -66,7 +72,7 @@ def train_adapter(
         # How many sequences are computed at once changes no weight, and is what memory runs out by.
         how |= {"settings": {name: value for name, value in asdict(settings).items() if name != "micro_batch_size"}}
         how |= {"records_sha256": _digest(records), "validation_sha256": _digest(validation)}
-        if not ((out / RESULT_FILE).exists() or newest_complete_checkpoint(out)):
+        if not begun:
             # Nothing is trained yet, so nothing is lost.
             (out / HOW_FILE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
