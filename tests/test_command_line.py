@@ -730,7 +730,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "plain.jsonl holds other rows than these"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2 of 2: line 1 and 1 more: neither"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "-1"), "--n-cot must be at least 0"),
-        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0", "--gate", "1"), "take an n_cot of 1 or more"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0", "--gate", "1"), "chooses between a direct score"),
         (("gate", "{judge}", "{data}", "--n-cot", "0"), "a gate needs --n-cot of 1 or more"),
         (("gate", "{judge}", "{data}", "--share", "35"), "and a --share of the tokens from 0 to 1"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at none.json"),
@@ -889,7 +889,10 @@ def test_reason_writes_a_reasoning_for_each_record_and_goes_on(trained, tmp_path
     given = {record.id: record for record in make_records(16)}
     assert all(record.score == given[record.id].score and record.key == given[record.id].key for record in kept)
     vocabulary = TransformersVocabulary(load_tokenizer("spm"))
-    assert all(vocabulary.decode(record.feedback_ids).strip() == record.feedback for record in kept)
+    for record in kept:
+        # Bytes that are no letter become one mark or more, by the library.
+        texts = (vocabulary.decode(record.feedback_ids).strip(), record.feedback)
+        assert len({re.sub("\N{REPLACEMENT CHARACTER}+", "?", text) for text in texts}) == 1
     before = (tmp_path / "own.jsonl").read_bytes()
     assert main(command) == 0
     assert capsys.readouterr().out == shown and (tmp_path / "own.jsonl").read_bytes() == before

@@ -185,14 +185,12 @@ def test_a_pace_is_measured_and_the_engine_left_as_it_was(adapters: Path) -> Non
         assert measure_length(engine, prompts, pace, 0.2) == spec.sampling.max_new_tokens
 
 
-def test_the_files_that_were_used_last_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACT_LITE_CACHE", str(tmp_path))
-    folder = tmp_path / "judges"
-    folder.mkdir()
-    for number in range(module.KEPT + 2):
+def test_the_files_that_were_used_last_are_kept(tmp_path: Path) -> None:
+    for number in range(module.KEPT + 1):
         for name in (f"{number}.gguf", f"{number}.gguf.lock"):
-            (folder / name).touch()
-            os.utime(folder / name, (number, number))
-    assert module._cached("another").parent == folder
-    kept = [f"{number}.gguf{end}" for number in range(2, module.KEPT + 2) for end in ("", ".lock")]
-    assert sorted(file.name for file in folder.iterdir()) == kept
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (number, number))
+    # The newest one counts, and stays however old it looks.
+    module._keep_few(tmp_path / "0.gguf")
+    kept = [f"{number}.gguf{end}" for number in (0, *range(2, module.KEPT + 1)) for end in ("", ".lock")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept

@@ -19,8 +19,9 @@ from tract_lite.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 SEQUENCES = 2
-# How far the loss may be from the plain one, relative to it: 16-bit logits are rounded.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# How far the loss may be from the plain one, relative to it: 16-bit logits are rounded, and the
+# squared error of two scores feels it.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 # Keeps small gradients above the least float16, as the scaler does in training.
 LOSS_FACTOR = 1024.0
 ADVICE = "take another training backend (load_seed(..., backend='transformers')), or another seed model"
