@@ -730,7 +730,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "{plain}"), "plain.jsonl holds other rows than these"),
         (("judge", "{judge}", "{plain}", "-o", "{out}"), "unusable rows: 2 of 2: line 1 and 1 more: neither"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "-1"), "--n-cot must be at least 0"),
-        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0", "--gate", "1"), "chooses between a direct score"),
+        (("judge", "{judge}", "{data}", "-o", "{out}", "--n-cot", "0", "--gate", "1"), "between a direct score"),
         (("gate", "{judge}", "{data}", "--n-cot", "0"), "a gate needs --n-cot of 1 or more"),
         (("gate", "{judge}", "{data}", "--share", "35"), "and a --share of the tokens from 0 to 1"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "none.json"), "no judge spec at none.json"),
