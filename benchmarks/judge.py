@@ -463,7 +463,8 @@ class Comparison:
                     f"{result['written']:.0f}",
                     f"{result['speed']:.2f}",
                     _times(result["speed"], base, way.bar),
-                    f"{result['peak'] / MB:,.0f}",
+                    # That of the server is not this process's.
+                    "" if way.function == "server" else f"{result['peak'] / MB:,.0f}",
                 ]
             )
         return table(["way", "n_cot", "items", "tokens written", "items/min", "times", "peak MB"], rows)

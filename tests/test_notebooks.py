@@ -108,7 +108,7 @@ def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[
     done = executed[platform]
     for shown in (
         "nothing to install",
-        "computes in float32: no GPU",
+        ": no GPU",
         "run folder: runs/judge",
         "this run takes about",
         "| stage 2, CoT-RAIL ",

@@ -301,7 +301,8 @@ def test_a_stage_that_is_there_is_not_trained_again(seed_model, uninterrupted, t
         ({"sampling": Sampling(top_p=0.5)}, "sampling: another content"),
         ({"template": "{{ response }}"}, "template: not given there, {{ response }} now"),
         # What was chosen, and is left open now, is another choice.
-        ({"load_in_4bit": ...}, "load_in_4bit: False there, not given now"),
+        ({"precision": ...}, "precision: float32 there, not given now"),
+        ({"load_in_4bit": True}, "load_in_4bit: False there, True now"),
     ],
 )
 def test_a_stage_of_something_else_is_refused_with_what_differs(
@@ -318,6 +319,18 @@ def test_a_stage_of_something_else_is_refused_with_what_differs(
         train_adapter(asked.pop("records"), out, **asked)
     assert len(str(refusal.value).splitlines()) == 2
     assert sorted(path.name for path in out.iterdir()) == names
+
+
+@trains
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_stage_that_is_moved_keeps_the_weights_it_was_begun_with(
+    seed_model, uninterrupted, tmp_path, monkeypatch, elsewhere
+):
+    out = shutil.copytree(uninterrupted, tmp_path / "stage")
+    monkeypatch.setattr("tract_lite.training.stage.pick_4bit", lambda: elsewhere)
+    asked = {**STAGE, "seed_model": seed_model, "validation": make_records(6, seed=1)}
+    del asked["load_in_4bit"]
+    assert train_adapter(make_records(), out, **asked) == out / "adapter"
 
 
 @trains
