@@ -24,6 +24,7 @@ import httpx
 import llama_cpp
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite.data.files import cache_folder
@@ -44,9 +45,11 @@ def llama_server_path() -> Path:
     if not path.is_file():
         if not shutil.which("c++") and not shutil.which("g++"):
             pytest.skip("no C++ compiler to build llama-server with")
-        with TemporaryDirectory(prefix="llama-server-", dir=path.parent) as folder:
-            built = _build(_fetch(release, Path(folder)), Path(folder, "build"))
-            os.replace(built, path)
+        # Of several workers, one builds.
+        with FileLock(f"{path}.lock"), TemporaryDirectory(prefix="llama-server-", dir=path.parent) as folder:
+            if not path.is_file():
+                built = _build(_fetch(release, Path(folder)), Path(folder, "build"))
+                os.replace(built, path)
     return path
 
 
