@@ -82,8 +82,8 @@ class Lengths:
 
     prompt: int = 1000
     shared: int = 600
-    own: int = 40
     reasoning: int = 128
+    own: int = 40
 
     @property
     def all(self) -> int:
