@@ -119,19 +119,19 @@ class Slots:
         """Which slots go on, by how many ids.
 
         Those that lack several go first, so that as many as possible are then sampled together; a
-        few ids more are read beside the sampling, at the pace of the slot that lacks least. All go
-        on by the same number of ids, by which a batch is filled best: llama.cpp reads the sequences
-        of a batch in pieces of one length.
+        few ids more are read beside the sampling, at the pace of the slot that lacks least.
         """
-        busy, size = self.busy, self._context.batch_size
-        reading = sorted((slot for slot in busy if slot.missing > 1), key=lambda slot: -slot.missing)
+        busy, spare = self.busy, self._context.batch_size
+        reading = [slot for slot in busy if slot.missing > 1]
         if sum(slot.missing for slot in reading) <= MAX_BESIDE:
             pace = min(slot.missing for slot in busy)
             return [(slot, pace) for slot in busy]
-        paces = [min(slot.missing, size // count) for count, slot in enumerate(reading, 1)]
-        filled = [count * pace for count, pace in enumerate(paces, 1)]
-        best = filled.index(max(filled))
-        return [(slot, paces[best]) for slot in reading[: best + 1]]
+        batch = []
+        for slot in reading:
+            if count := min(slot.missing, spare):
+                batch.append((slot, count))
+                spare -= count
+        return batch
 
     def _copy(self, source: Slot, target: Slot) -> None:
         self._context.copy(source.number, target.number)
