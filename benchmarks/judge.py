@@ -42,7 +42,6 @@ from tract_lite.engines.context import usable_cpus
 from tract_lite.engines.llama import LlamaEngine, default_parallel
 from tract_lite.engines.llama_cpp import has_amx, read_spec, system_info
 from tract_lite.engines.task import Task
-from tract_lite.export.gguf import export_gguf
 from tract_lite.rail import label_log_probabilities
 from tract_lite.spec import MARKER, JudgeSpec
 
@@ -130,6 +129,9 @@ SERVER_SLOTS = 16
 
 def make_model(shape: dict[str, int], path: str) -> dict[str, Any]:
     """Write a random judge as GGUF."""
+    # Imported with torch, which would count as memory of judging.
+    from tract_lite.export.gguf import export_gguf
+
     with TemporaryDirectory(dir=Path(path).parent) as folder:
         export_gguf(folder, path, "q4_k_m", write_seed(Path(folder), Shape(**shape)), check=False)
     return {"peak": measure.peak_memory()}

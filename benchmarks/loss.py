@@ -21,7 +21,8 @@ import torch
 from measure import GB, MB, in_child, ratio, table
 from torch.nn import functional as F
 
-from tract_lite.loss import CHUNK_ELEMENTS, IGNORE_INDEX, cot_raft_loss
+from tract_lite.loss.cot_raft import IGNORE_INDEX, cot_raft_loss
+from tract_lite.loss.projection import chunk_rows
 
 TIME_BAR, MEMORY_BAR, GROWTH_BAR = 0.30, 0.05, 1.10
 CAPPED_TIME_BAR, CAPPED_MEMORY_BAR = 1.15, 1.05
@@ -93,7 +94,7 @@ def step(variant: str, states: torch.Tensor, head: torch.Tensor, example: Mappin
     else:
         following = example["labels"][:, 1:]
         learnt = (following != IGNORE_INDEX).nonzero(as_tuple=True)
-        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK_ELEMENTS // len(head)))
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(len(head)))
         loss = F.linear_cross_entropy(states[learnt], head, following[learnt], options=chunks)
     loss.backward()
     return loss.item()

@@ -19,7 +19,7 @@ from loss import random_example
 from measure import interleaved_seconds, machine, table
 from train_gpu import write_tokenizer
 
-from tract_lite.loss import cot_raft_loss
+from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.training.layers import lm_head_weight
 from tract_lite.training.precision import has_bfloat16_units
 from tract_lite.training.seed_model import add_lora, compute_dtype, hidden_states, load_seed

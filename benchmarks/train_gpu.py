@@ -27,7 +27,7 @@ import torch
 from loss import plain_loss, random_example
 from measure import GB, in_child, ratio, table
 
-from tract_lite.loss import cot_raft_loss
+from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.training.layers import head_options, lm_head_weight
 from tract_lite.training.precision import pick_dtype
 from tract_lite.training.seed_model import add_lora, for_training, hidden_states, load_seed

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from tiny import SHARED, VOCABULARIES, load_tokenizer, make_sentences
 
 from tract_lite.data.records import read_records, records_from
-from tract_lite.loss import IGNORE_INDEX
+from tract_lite.loss.cot_raft import IGNORE_INDEX
 from tract_lite.prompt import cut_reasoning, prompt_ids
 from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tract_lite import loss as loss_module
-from tract_lite.loss import IGNORE_INDEX, cot_raft_loss
+from tract_lite.loss.cot_raft import IGNORE_INDEX, cot_raft_loss
 
 VALUES = (1.0, 2.0, 3.5, 5.0)
 

@@ -27,7 +27,7 @@ from stages import (
 )
 
 from tract_lite.judge import Judge
-from tract_lite.loss import cot_raft_loss
+from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale

@@ -132,7 +132,7 @@ def _examples(
             room = room_for(Task(prompt_ids(record, spec, vocabulary), [0]), spec, spec.max_length)
         except ValueError:
             return record
-        return replace(record, feedback_ids=(spec.label_ids[0],) * max(1, min(round(length), room)))
+        return replace(record, feedback_ids=spec.label_ids[0][:1] * max(1, min(round(length), room)))
 
     filled = [filled_in(record) if _lacks(record) else record for record in records]
     return encode_records(filled, spec, vocabulary, direct_share=direct_share, required=True)[0]

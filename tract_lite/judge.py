@@ -5,17 +5,14 @@ import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from reprlib import repr as shorten
 from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
-
-import numpy as np
 
 from tract_lite.data.files import fingerprint
 from tract_lite.data.places import content_of, seed_model_of
 from tract_lite.data.resume import ResumableRows
-from tract_lite.engines.task import Engine, Sample, Task, asked_again, in_order, sample_seed
+from tract_lite.engines.asking import Asking
+from tract_lite.engines.task import Engine, Sample, Task, asked_again, in_order
 from tract_lite.judgement import Judgement
-from tract_lite.prompt import prompt_ids
 from tract_lite.rail import LOW_MASS
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
@@ -37,6 +34,7 @@ class Judge:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.spec = engine.spec
+        self._asking = Asking(self.spec, engine.vocabulary)
         # Of what was warned.
         self._warned: set[str] = set()
 
@@ -50,7 +48,7 @@ class Judge:
         asked in its own chat format, on `scale` (1 to 5) and by `template`. With `adapter` (by
         `export_adapter`), the file is its seed model: see `use_adapter`.
         Raises ValueError: not a GGUF file, one without a chat template (`chat` gives one), labels
-            that are not single tokens, or an adapter of another seed model.
+            that can't be told apart, or an adapter of another seed model.
         """
         from tract_lite.engines.llama import LlamaEngine
 
@@ -64,6 +62,7 @@ class Judge:
             raise ValueError("only a judge from a GGUF file can change its adapter")
         self.engine.use_adapter(path, spec)
         self.spec = self.engine.spec
+        self._asking = Asking(self.spec, self.engine.vocabulary)
         self._warned.clear()
 
     @classmethod
@@ -204,7 +203,8 @@ class Judge:
     def _judged(
         self, records: Iterable[Record], n_cot: int, seed: int, gate: float | None, reasonings: Reasonings | None
     ) -> Iterator[tuple[int, Judgement]]:
-        names: dict[int, str | None] = {}
+        # The name and the scale of each record that was asked for.
+        asked_for: dict[int, tuple[str | None, ScoreScale]] = {}
         # What is asked directly, with what is asked then of an item that does not pass the gate.
         direct: dict[int, Task | None] = {}
         broken: list[Exception] = []
@@ -212,12 +212,13 @@ class Judge:
         def asked() -> Iterator[Task | Exception]:
             try:
                 for place, record in enumerate(records):
-                    names[place] = getattr(record, "id", None)
-                    off.update(self._off_scale(record))
-                    task = self._task(record, n_cot, seed, None if reasonings is None else reasonings[place])
+                    scale = self._asking.scale_of(record)
+                    asked_for[place] = getattr(record, "id", None), scale
+                    off.update(self._asking.off_scale(record, scale))
+                    task = self._asking.task(record, n_cot, seed, None if reasonings is None else reasonings[place])
                     if isinstance(task, Task) and (gate is not None or not task.seeds):
                         direct[place] = task if task.seeds else None
-                        task = Task.direct(task.prompt)
+                        task = Task.direct(task.prompt, task.tokens)
                     yield task
             except Exception as error:
                 broken.append(error)
@@ -225,14 +226,15 @@ class Judge:
         def again(place: int, answer: list[Sample] | Exception) -> Task | None:
             if gate is None or isinstance(answer, Exception) or place not in direct:
                 return None
-            return None if self._judgement(None, answer, True).doubt <= gate else direct.pop(place)
+            judgement = self._asking.judgement(*asked_for[place], answer, True)
+            return None if judgement.doubt <= gate else direct.pop(place)
 
         self._warn_of_untaught(direct=n_cot == 0 or gate is not None, reasoned=n_cot > 0)
         count = low = 0
         off = Counter[str]()
         try:
             for place, answer in asked_again(self.engine, asked(), again):
-                judgement = self._judgement(names.pop(place), answer, place in direct)
+                judgement = self._asking.judgement(*asked_for.pop(place), answer, place in direct)
                 direct.pop(place, None)
                 count += 1
                 low += judgement.mass < LOW_MASS
@@ -255,47 +257,3 @@ class Judge:
             if asked and way not in self._warned:
                 self._warned.add(way)
                 logger.warning(UNTAUGHT, way, share)
-
-    def _off_scale(self, record: Record) -> Iterator[str]:
-        """What of a record belongs to another scale than the judge's."""
-        gold, rubric, scale = getattr(record, "score", None), getattr(record, "rubric", None), self.spec.scale
-        if gold is not None and not scale.contains(gold):
-            yield "the gold score is outside the judge's scale"
-        if rubric and not rubric.descriptions.keys() <= set(scale.labels):
-            yield "the rubric describes labels that are not on the judge's scale"
-
-    def _task(self, record: Record, n_cot: int, seed: int, given: Sequence[Sequence[int]] | None) -> Task | Exception:
-        """What to ask of the engine (no samples: a direct score), or what is wrong."""
-        try:
-            if not isinstance(record, Record):
-                raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
-            if n_cot < 0:
-                raise ValueError("n_cot must be at least 0")
-            if given is not None and not len(given):
-                raise ValueError("no reasoning is given; n_cot=0 scores without one")
-            count = n_cot if given is None else len(given)
-            seeds = [sample_seed(seed, f"{record.id}/{record.key}", number) for number in range(count)]
-            return Task(prompt_ids(record, self.spec, self.engine.vocabulary), seeds, given)
-        except Exception as error:  # whatever one record makes fail: the others can be judged
-            return error
-
-    def _judgement(self, name: str | None, answer: list[Sample] | Exception, direct: bool) -> Judgement:
-        values = dict(zip(self.spec.scale.labels, self.spec.scale.values))
-        if isinstance(answer, Exception):
-            kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
-            text = ": ".join(filter(None, (kind, str(answer)))) or type(answer).__name__
-            return Judgement(name, error=text, values=values)
-        rows = np.exp([sample.label_log_probabilities for sample in answer])
-        if np.isnan(rows).any():
-            return Judgement(name, error="the model's probabilities are not numbers (NaN)", values=values)
-        written = [] if direct else [sample.reasoning for sample in answer]
-        return Judgement.from_probabilities(
-            name,
-            rows,
-            values,
-            feedback=[self.engine.vocabulary.decode(ids).strip() for ids in written],
-            truncated=any(sample.truncated for sample in answer),
-            feedback_ids=[list(ids) for ids in written],
-            missing_mass=float(np.mean([sample.missing_mass for sample in answer])),
-            error_bound=float(np.mean([sample.error_bound for sample in answer])),
-        )

@@ -37,7 +37,8 @@ class Judgement:
     latter alone. `doubt` also counts what is wrong with the judgement, so that sorting by it works.
 
     Where only the top log-probabilities are known (servers), `missing_mass` is the probability of
-    the tokens that were not seen, and the exact score lies within `error_bound` of `score`.
+    the tokens that were not seen. The exact score lies within `error_bound` of `score`. `end_mass`:
+    of the probability of labels that begin others, as 1 begins 10, the part on the end token.
     """
 
     id: str | None
@@ -54,6 +55,7 @@ class Judgement:
     values: dict[str, float] = field(default_factory=dict)
     missing_mass: float = 0.0
     error_bound: float = 0.0
+    end_mass: float = 1.0
 
     @classmethod
     def from_probabilities(

@@ -11,7 +11,8 @@ from typing import Sequence
 from jinja2 import StrictUndefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
-from tract_lite.record import Record
+from tract_lite.record import Record, Rubric
+from tract_lite.scale import ScoreScale, ScoreTokens, find_score_tokens
 from tract_lite.spec import SLOT, JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
@@ -19,16 +20,58 @@ _TAIL = re.compile(r"(\[RESULT\]|So the overall score is)\s*:?\s*\S{0,12}\s*$", 
 _compiled = lru_cache(maxsize=16)(SandboxedEnvironment(trim_blocks=True, undefined=StrictUndefined).from_string)
 
 
+def scale_of(record: Record, spec: JudgeSpec) -> ScoreScale:
+    """The scale that a record is judged on: its own, or else the judge's.
+    Raises ValueError: it has its own, and the judge was made for one scale.
+    """
+    if record.scale is None or record.scale == spec.scale:
+        return spec.scale
+    if not spec.any_scale:
+        fault = f"the item asks for the scale {record.scale}, and this judge answers on {spec.scale} alone"
+        raise ValueError(f"{fault}\nleave the item's scale out, or take a judge of many scales")
+    return record.scale
+
+
+class Endings:
+    """How the judgement of each record ends: its scale, and how that is spelled."""
+
+    def __init__(self, spec: JudgeSpec, vocabulary: Vocabulary):
+        self._spec, self._vocabulary = spec, vocabulary
+        self._tokens = {spec.scale: spec.tokens}
+
+    def of(self, record: Record) -> ScoreTokens:
+        """Raises ValueError: the record's scale is not the judge's, or can't be spelled here."""
+        scale = scale_of(record, self._spec)
+        if scale not in self._tokens:
+            self._tokens[scale] = find_score_tokens(self._vocabulary, self._spec.marker, scale)
+        return self._tokens[scale]
+
+
 def render(record: Record, spec: JudgeSpec) -> str:
     """A record's ready prompt, or the template filled. Raises ValueError: it lacks a field."""
+    scale = scale_of(record, spec)
     if record.prompt is not None:
         return record.prompt
     try:
-        shown = {name: getattr(record, name) for name in ("instruction", "response", "rubric", "reference")}
-        return _compiled(spec.template).render(shown, marker=spec.marker, labels=spec.scale.labels)
+        shown = {name: getattr(record, name) for name in ("instruction", "response", "reference")}
+        shown |= {"rubric": _in_units(record.rubric, spec), "labels": scale.labels, "scores": scale.named}
+        return _compiled(spec.template).render(shown, marker=spec.marker)
     except UndefinedError as error:
         missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
         raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
+
+
+def _in_units(rubric: Rubric | None, spec: JudgeSpec) -> Rubric | None:
+    """The rubric with the judge's labels, where its user's are of other units."""
+    if rubric is None or spec.units is None:
+        return rubric
+    described: dict[str, str] = {}
+    for label, description in rubric.descriptions.items():
+        if label in spec.units.labels:
+            value = spec.units.values[spec.units.labels.index(label)]
+            label = spec.scale.labels[spec.scale.nearest(value)]
+        described[label] = f"{described[label]} / {description}" if label in described else description
+    return Rubric(rubric.criteria, described)
 
 
 def prompt_ids(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> list[int]:

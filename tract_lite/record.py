@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any, Mapping, NamedTuple
 
+from tract_lite.scale import ScoreScale
+
 
 @dataclass(frozen=True)
 class Rubric:
@@ -26,7 +28,8 @@ class Record:
     """An item to judge or to learn from; a `prompt` is asked as it stands, without a template.
 
     `score` is the gold score, `feedback` the reasoning for it; `feedback_ids` are the tokens of a
-    reasoning that the judge wrote itself.
+    reasoning that the judge wrote itself. `scale`: the item's own, where it is not the judge's.
+    `gold_scores`: those of several annotators, where `score` is one of them or their mean.
     """
 
     instruction: str = ""
@@ -39,18 +42,22 @@ class Record:
     id: str | None = None
     annotations: tuple[Annotation, ...] = ()
     feedback_ids: tuple[int, ...] | None = None
+    scale: ScoreScale | None = None
+    gold_scores: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
         """A hash (16 hex digits) of what the judge reads, the same in every run."""
+        scale = [str(self.scale)] if self.scale else []
         if self.prompt is not None:
-            return digest(self.prompt)
+            return digest([self.prompt, *scale] if scale else self.prompt)
         rubric = self.rubric and [self.rubric.criteria, dict(self.rubric.descriptions)]
-        return digest([self.instruction, self.response, rubric, self.reference])
+        return digest([self.instruction, self.response, rubric, self.reference, *scale])
 
     def pairs(self) -> "list[Record]":
         """The item's training records: one for each annotation, or itself if it has none."""
-        plain, name = replace(self, annotations=(), feedback_ids=None), self.id or self.key
+        golds = tuple(annotation.score for annotation in self.annotations) or self.gold_scores
+        plain, name = replace(self, annotations=(), feedback_ids=None, gold_scores=golds), self.id or self.key
         given = enumerate(self.annotations)
         return [replace(plain, feedback=text, score=n, id=f"{name}/{place}") for place, (text, n) in given] or [self]
 

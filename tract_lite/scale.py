@@ -1,15 +1,23 @@
-"""A score scale: its labels, their values, and the token that spells each label."""
+"""A score scale: its labels, their values, and the tokens that spell each label."""
 
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Iterable, Sequence
 
-from tract_lite.vocabulary import Vocabulary
+from tract_lite.vocabulary import Vocabulary, clean_text
 
 # Any text before the marker; a letter, so that no tokenizer merges it with the marker's space.
 ANCHOR = "x"
+# A scale of more labels is a mistake: 0-100 by tenths has 1,001.
+MOST_LABELS = 1001
+# Scales that people rate on, in the order in which they are proposed.
+USUAL_SCALES = ("0-1", "1-5", "0-5", "1-10", "0-10", "0-100:10", "-1-1", "-2-2", "-5-5", "-10-10", "-100-100:10")
+# Of a scale with more labels, a text names only the ends.
+MOST_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -27,30 +35,52 @@ class ScoreScale:
         if len(self.labels) < 2 or len(self.labels) != len(self.values):
             counts = f"{len(self.labels)} labels and {len(self.values)} values"
             raise ValueError(f"a scale needs two labels or more and one value each, got {counts}")
-        if len(set(self.labels)) < len(self.labels) or len(set(self.values)) < len(self.values):
-            raise ValueError(f"labels and values must not repeat: {self.labels}, {self.values}")
-        if any(label != label.strip() or not label for label in self.labels):
-            raise ValueError(f"labels must have text and no space at their ends: {self.labels}")
+        if len(self.labels) > MOST_LABELS:
+            raise ValueError(f"a scale of {len(self.labels):,} labels: {MOST_LABELS:,} at most\ntake a wider step")
+        for what in (self.labels, self.values):
+            if repeated := [one for one in what if what.count(one) > 1]:
+                raise ValueError(f"labels and values must not repeat: {repeated[0]} does")
+        for label in self.labels:
+            if label != label.strip() or not label:
+                raise ValueError(f"labels must have text and no space at their ends: {label!r}")
         if not all(math.isfinite(value) for value in self.values):
             raise ValueError(f"values must be finite: {self.values}")
 
     @classmethod
     def integers(cls, low: int, high: int) -> "ScoreScale":
         """The scale of the whole numbers from `low` to `high`, both included."""
-        numbers = range(low, high + 1)
-        return cls(tuple(map(str, numbers)), tuple(map(float, numbers)))
+        return cls.steps(low, high)
+
+    @classmethod
+    def steps(cls, low: float | str, high: float | str, step: float | str = 1) -> "ScoreScale":
+        """The scale of the numbers from `low` to `high`, both included, by steps.
+        Raises ValueError: no such numbers, or the steps do not end at `high`.
+        """
+        first, last, width = (Decimal(str(number)) for number in (low, high, step))
+        if not (first.is_finite() and last.is_finite() and first < last and width > 0 and (last - first) % width == 0):
+            raise ValueError(f"no steps of {step} lead from {low} up to {high}")
+        if (count := int((last - first) / width) + 1) > MOST_LABELS:
+            raise ValueError(f"a scale of {count:,} labels: {MOST_LABELS:,} at most\ntake a wider step")
+        labels = tuple(_plain(first + place * width) for place in range(count))
+        return cls(labels, tuple(map(float, labels)))
 
     @classmethod
     def parse(cls, text: str) -> "ScoreScale":
-        """The scale that a text names: "1-5", "-2-2" or, with labels, "bad=0,ok=0.5,good=1".
+        """The scale that a text names: "1-5", "-2-2", in steps "0-5:0.5", or with labels
+        "bad=0,ok=0.5,good=1".
         Raises ValueError: it names none.
         """
         if "=" in text:
             return cls._of_labels(text)
-        ends = re.fullmatch(r"\s*([+-]?\d+)\s*-\s*([+-]?\d+)\s*", text)
-        if not ends or int(ends[1]) >= int(ends[2]):
-            raise ValueError(f"the scale {text!r} can't be read: give its lowest and highest score, as in 1-5")
-        return cls.integers(int(ends[1]), int(ends[2]))
+        number = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
+        ends = re.fullmatch(rf"{number}-{number}(?::{number})?", text)
+        try:
+            if ends:
+                return cls.steps(ends[1], ends[2], ends[3] or 1)
+            fault = "give its lowest and highest score, as in 1-5 or 0-5:0.5, or label=value,label=value"
+        except ValueError as error:
+            fault = str(error)
+        raise ValueError(f"the scale {text!r} can't be read: {fault}")
 
     @classmethod
     def _of_labels(cls, text: str) -> "ScoreScale":
@@ -60,12 +90,59 @@ class ScoreScale:
         except ValueError as error:
             raise ValueError(f"the scale {text!r} can't be read: give label=value, with commas ({error})") from error
 
+    @classmethod
+    def proposed(cls, golds: Iterable[float]) -> "ScoreScale":
+        """A usual scale that holds all these gold scores, or else whole or wider steps over them.
+
+        Scores between two labels are no fault: training takes their value.
+        Raises ValueError: there is no gold score.
+        """
+        found = [float(gold) for gold in golds]
+        if not found:
+            raise ValueError("no gold scores to propose a scale from: --scale names one")
+        low, high = min(found), max(found)
+        are_whole = all(gold.is_integer() for gold in found)
+        for scale in map(cls.parse, USUAL_SCALES):
+            # Fractions from 0 to 1 are a share, for which two labels say little.
+            if scale.contains(low) and scale.contains(high):
+                return cls.steps(0, 1, "0.1") if scale.values == (0, 1) and not are_whole else scale
+        step = 10 ** max(0, math.ceil(math.log10(max(high - low, 1) / 10)))
+        return cls.steps(
+            math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step, step
+        )
+
+    def remapped(self, onto: "ScoreScale") -> "ScoreScale":
+        """The labels of another scale, with values spread linearly over this one's range.
+
+        A judge that ends with those labels then answers in the units of this scale.
+        """
+        low, start = min(self.values), min(onto.values)
+        factor = self.width / onto.width
+        return ScoreScale(onto.labels, tuple(low + factor * (value - start) for value in onto.values))
+
     def __str__(self) -> str:
         """As `parse` reads it."""
-        low, high = int(self.values[0]), int(self.values[-1])
-        if low < high and self == ScoreScale.integers(low, high):
-            return f"{low}-{high}"
-        return ",".join(f"{label}={value:g}" for label, value in zip(self.labels, self.values))
+        try:
+            first, second, last = (Decimal(self.labels[place]) for place in (0, 1, -1))
+            text = f"{first:f}-{last:f}" + (f":{second - first:f}" if second - first != 1 else "")
+            if ScoreScale.parse(text) == self:
+                return text
+        except (InvalidOperation, ValueError):
+            pass
+        return ",".join(f"{label}={value:.15g}" for label, value in zip(self.labels, self.values))
+
+    @property
+    def named(self) -> str:
+        """The labels as a prompt names them; of many, the first and the last ones."""
+        labels = self.labels
+        if len(labels) > MOST_NAMED:
+            labels = (*labels[:3], "...", *labels[-2:])
+        return ", ".join(labels)
+
+    @property
+    def width(self) -> float:
+        """From the lowest value to the highest."""
+        return max(self.values) - min(self.values)
 
     def contains(self, score: float) -> bool:
         """Whether a score, perhaps between two labels, lies on the scale."""
@@ -75,45 +152,107 @@ class ScoreScale:
         """The index of the label whose value is nearest to `score` (the lower one of two)."""
         return min(range(len(self.values)), key=lambda k: (abs(self.values[k] - score), k))
 
+    def shares(self, score: float) -> dict[int, float]:
+        """The one or two labels (indices) around a score of the scale, each with its share."""
+        ordered = sorted(range(len(self.values)), key=self.values.__getitem__)
+        below = max((k for k in ordered if self.values[k] <= score), key=self.values.__getitem__)
+        above = min((k for k in ordered if self.values[k] >= score), key=self.values.__getitem__)
+        if below == above:
+            return {below: 1.0}
+        share = (score - self.values[below]) / (self.values[above] - self.values[below])
+        return {below: 1 - share, above: share}
 
-class ScoreTokens(NamedTuple):
-    """The ids that lead to a score (`marker`) and the one id of each label (`labels`)."""
 
-    marker: tuple[int, ...]
-    labels: tuple[int, ...]
+def _plain(number: Decimal) -> str:
+    """Without an exponent and without zeros at its end."""
+    text = f"{number:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScoreTokens:
+    """How a scale is spelled: the ids that lead to a score (`marker`), the ids of each label
+    (`labels`) and the number it stands for (`values`).
+
+    The labels are the paths of a tree that begins behind the marker; a label may begin others, as 1
+    begins 10. Its nodes are the beginnings of labels that lead on.
+    """
+
+    marker: Path
+    labels: tuple[Path, ...]
+    values: tuple[float, ...]
+
+    @cached_property
+    def following(self) -> dict[Path, Path]:
+        """For each node, shortest first, the tokens by which it leads on; () is the first node."""
+        found: dict[Path, dict[int, None]] = {}
+        for label in self.labels:
+            for length, token in enumerate(label):
+                found.setdefault(label[:length], {})[token] = None
+        return {node: tuple(found[node]) for node in sorted(found, key=len)}
+
+    @cached_property
+    def worth(self) -> dict[Path, float]:
+        """The value of each label, by its path."""
+        return dict(zip(self.labels, self.values))
+
+    def reach(self, beginning: Path, value: float) -> float:
+        """How far from a value those of the labels that begin so are, at most."""
+        size = len(beginning)
+        return max(abs(other - value) for label, other in self.worth.items() if label[:size] == beginning)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether each label is one token."""
+        return len(self.following) == 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest label."""
+        return max(map(len, self.labels))
 
 
 def find_score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens:
     """Encode marker and label together, in context, and tell where the label begins.
 
     Most vocabularies put a space token before the digit, GPT-2's merges the two: what all labels
-    share belongs to the marker, what is left must be one token.
-    Raises ValueError: a label takes several tokens or two labels share one; names scales that fit.
+    share and spells no more than the marker belongs to it, what is left is the label's.
+    Raises ValueError: two labels have the same tokens, or one can't be told from the marker.
     """
-    if tokens := _score_tokens(vocabulary, marker, scale):
-        return tokens
-    common = (ScoreScale.integers(*ends) for ends in ((1, 10), (0, 9), (1, 5), (1, 3)))
-    fitting = [str(one) for one in common if _score_tokens(vocabulary, marker, one)]
-    fits = f"the scales {', '.join(fitting)} fit" if fitting else "no usual scale fits, so choose another seed model"
-    anchor = len(vocabulary.encode(ANCHOR))
-    encoded = {label: vocabulary.encode(f"{ANCHOR} {label}")[anchor:] for label in scale.labels}
-    # A space before the label may be a token, and is not the label's.
-    counts = {label: sum(bool(vocabulary.decode([i]).strip()) for i in ids) for label, ids in encoded.items()}
-    several = [label for label, count in counts.items() if count > 1]
-    fault = f"the labels {scale} are not told apart by one token each in this vocabulary"
-    if several:
-        share = f" ({len(several)} of {len(counts)} labels take several)" if len(several) > 1 else ""
-        fault = f"the label {several[0]} takes {counts[several[0]]} tokens in this vocabulary{share}"
-    raise ValueError(f"{fault}\neach label must be one token of its own: {fits}")
-
-
-def _score_tokens(vocabulary: Vocabulary, marker: str, scale: ScoreScale) -> ScoreTokens | None:
     anchor = vocabulary.encode(ANCHOR)
     spelled = [vocabulary.encode(f"{ANCHOR} {marker} {label}") for label in scale.labels]
-    shared = commonprefix(spelled)
-    if shared[: len(anchor)] != anchor or any(len(ids) != len(shared) + 1 for ids in spelled):
-        return None
-    labels = tuple(ids[-1] for ids in spelled)
-    if vocabulary.decode(shared).strip() != f"{ANCHOR} {marker}" or len(set(labels)) < len(labels):
-        return None
-    return ScoreTokens(tuple(shared[len(anchor) :]), labels)
+    length = len(commonprefix(spelled))
+    while length > len(anchor) and vocabulary.decode(spelled[0][:length]).strip() != f"{ANCHOR} {marker}":
+        length -= 1
+    labels = [tuple(ids[length:]) for ids in spelled]
+    if spelled[0][: len(anchor)] != anchor or length <= len(anchor) or not all(labels):
+        merged = _merged(vocabulary, marker, spelled, scale)
+        advice = "name the labels otherwise, or take another marker"
+        raise ValueError(f"the label {merged} merges with the marker's end in this vocabulary\n{advice}")
+    for label, ids in zip(scale.labels, spelled):
+        if _squeezed(vocabulary.decode(ids)) != _squeezed(f"{ANCHOR} {marker} {clean_text(label)}"):
+            raise ValueError(f"the label {label!r} can't be spelled in this vocabulary\nname it otherwise")
+    owners: dict[Path, str] = {}
+    for label, path in zip(scale.labels, labels):
+        if path in owners:
+            collide = f"the labels {owners[path]!r} and {label!r} have the same tokens in this vocabulary"
+            raise ValueError(f"{collide}\nname one of them otherwise")
+        owners[path] = label
+    return ScoreTokens(tuple(spelled[0][len(anchor) : length]), tuple(labels), scale.values)
+
+
+def _merged(vocabulary: Vocabulary, marker: str, spelled: Sequence[Sequence[int]], scale: ScoreScale) -> str:
+    """The first label whose tokens begin inside the marker."""
+    for label, ids in zip(scale.labels, spelled):
+        beginnings = (vocabulary.decode(ids[:length]).strip() for length in range(1, len(ids)))
+        if f"{ANCHOR} {marker}" not in beginnings:
+            return repr(label)
+    return repr(scale.labels[0])
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -5,14 +5,15 @@ import json
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Sequence
 
-from tract_lite.scale import ScoreScale, find_score_tokens
+from tract_lite.scale import ScoreScale, ScoreTokens, find_score_tokens
 from tract_lite.vocabulary import TransformersVocabulary, Vocabulary, split_specials
 
 SPEC_FILE = "judge_spec.json"
-FORMAT = 1
+FORMAT = 2
 MARKER = "So the overall score is"
 SLOT = "{prompt}"
 # What a chat template is asked with. A model that can think before it answers is not to: what it
@@ -41,15 +42,19 @@ class JudgeSpec:
     """A judge's contract: how it is asked, how it ends, and what its score tokens are.
 
     `template` is a Jinja template over a record's fields. `chat` is the seed's chat format: ids of
-    special tokens and plain text, one piece of which contains `{prompt}`. `pieces` spells marker
-    and labels in the seed's vocabulary. `max_length`: tokens of prompt, reasoning and score.
+    special tokens and plain text, one piece of which contains `{prompt}`. `label_ids` are the
+    tokens of each label, `pieces` spells those of marker and labels in the seed's vocabulary.
+    `max_length`: tokens of prompt, reasoning and score.
+
+    `any_scale`: whether a record may bring a scale of its own, in place of `scale`. `units`: the
+    scale whose range the values of `scale` are spread over, where these are not its own.
     """
 
     template: str
     scale: ScoreScale
     chat: tuple[int | str, ...]
     marker_ids: tuple[int, ...]
-    label_ids: tuple[int, ...]
+    label_ids: tuple[tuple[int, ...], ...]
     pieces: tuple[str, ...]
     eos_id: int
     marker: str = MARKER
@@ -57,10 +62,17 @@ class JudgeSpec:
     max_length: int = 3000
     base_model: str = ""
     method: dict[str, Any] = field(default_factory=dict)
+    any_scale: bool = False
+    units: ScoreScale | None = None
+
+    @property
+    def tokens(self) -> ScoreTokens:
+        """How `scale` is spelled."""
+        return ScoreTokens(self.marker_ids, self.label_ids, self.scale.values)
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Raises ValueError: in this vocabulary the spec's ids spell something else."""
-        ids = self.marker_ids + self.label_ids
+        ids = (*self.marker_ids, *chain(*self.label_ids))
         found = tuple(vocabulary.pieces(ids)) if max(ids) < len(vocabulary) else ()
         if found != self.pieces:
             spelled = f"ids {ids} spell {found or 'nothing'}, expected {self.pieces}"
@@ -78,7 +90,11 @@ class JudgeSpec:
                 raise ValueError("it was written by a newer tract-lite: upgrade to read it")
             data["scale"] = ScoreScale(**data["scale"])
             data["sampling"] = Sampling(**data["sampling"])
-            for name in ("chat", "marker_ids", "label_ids", "pieces"):
+            data["units"] = ScoreScale(**units) if (units := data.get("units")) else None
+            # The first format knew labels of one token alone.
+            labels = ([ids] if isinstance(ids, int) else ids for ids in data["label_ids"])
+            data["label_ids"] = tuple(map(tuple, labels))
+            for name in ("chat", "marker_ids", "pieces"):
                 data[name] = tuple(data[name])
             return cls(**data)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -107,7 +123,7 @@ def make_spec(
     """A judge's spec for the vocabulary and the chat format of a transformers tokenizer.
 
     `fields` are further fields of `JudgeSpec`.
-    Raises ValueError: the labels of `scale` are not single tokens here, or the chat template fails.
+    Raises ValueError: the labels of `scale` can't be told apart here, or the chat template fails.
     """
     vocabulary = TransformersVocabulary(tokenizer)
     chat = chat_pieces(tokenizer, vocabulary)
@@ -119,7 +135,8 @@ def spec_for(
 ) -> JudgeSpec:
     """As `make_spec`, for any vocabulary and a chat format that was found."""
     tokens = find_score_tokens(vocabulary, marker, scale)
-    fields |= {"pieces": tuple(vocabulary.pieces(tokens.marker + tokens.labels)), "eos_id": vocabulary.eos_id}
+    pieces = tuple(vocabulary.pieces([*tokens.marker, *chain(*tokens.labels)]))
+    fields |= {"pieces": pieces, "eos_id": vocabulary.eos_id}
     fields |= {"chat": tuple(chat), "marker_ids": tokens.marker, "label_ids": tokens.labels}
     return JudgeSpec(scale=scale, marker=marker, **fields)
 

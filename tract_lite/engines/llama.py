@@ -17,7 +17,6 @@ from tract_lite.engines.sequences import Slots
 from tract_lite.engines.task import Answers, Engine, Sample, Task
 from tract_lite.engines.trial import check_runs
 from tract_lite.engines.untrained import check_unasked, untrained_spec, untrained_spec_at
-from tract_lite.rail import label_log_probabilities
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary
@@ -197,8 +196,12 @@ class LlamaEngine(Engine):
                 slot.ids.append(job.writing.write(logits))
                 if job.writing.done:
                     job.reasoning = job.writing.ids
-                    slots.hold(slot, job.ids)
+                    slots.hold(slot, job.ids, comes_back=job.reading.branches)
+                continue
+            job.reading.add_logits(job.reading.wanted[-1], logits)
+            if job.reading.wanted:
+                slots.hold(slot, job.ids)
             else:
-                answers += job.complete(label_log_probabilities(logits, self.spec.label_ids))
+                answers += job.complete()
                 slot.job = None
         return answers

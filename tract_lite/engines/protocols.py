@@ -7,6 +7,7 @@ is asked for. Samplers that are not in the judge's settings are switched off.
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, Iterator, Sequence
 
 from tract_lite.engines.http import Connection, NoLogProbabilities, Refused
@@ -47,11 +48,10 @@ class ServerProtocol(ABC):
         # The server may have stopped at an end token that the spec does not name.
         return (reasoning[:-1], True) if ended and not complete else (reasoning, complete)
 
-    def read(self, prompt: list[int], reasoning: list[int]) -> TopReading:
-        """The labels after prompt, reasoning and marker."""
+    def read(self, ids: list[int], tokens: Sequence[int]) -> TopReading:
+        """What the top tokens after these ids tell of some tokens."""
         with usable(self._http, self.advice):
-            top = self._top([*prompt, *reasoning, *self._spec.marker_ids])
-            return read_top_log_probabilities(top, self._spec.label_ids, self._spec.scale.values)
+            return read_top_log_probabilities(self._top(ids, tokens), tokens)
 
     def _ask(self, ids: list[int], **options: Any) -> dict[str, Any]:
         return self._http.post(self.page, {"prompt": ids, "model": self._model, **self.settings, **options})
@@ -65,8 +65,8 @@ class ServerProtocol(ABC):
         """The ids that the server generates, and whether it stopped at an end."""
 
     @abstractmethod
-    def _top(self, ids: list[int]) -> list[tuple[int, float]]:
-        """The top tokens after these ids with their log-probabilities."""
+    def _top(self, ids: list[int], asked: Sequence[int]) -> list[tuple[int, float]]:
+        """The top tokens after these ids with their log-probabilities; some of them are `asked`."""
 
 
 class LlamaServer(ServerProtocol):
@@ -78,7 +78,7 @@ class LlamaServer(ServerProtocol):
 
     def __init__(self, http: Connection, model: str, spec: JudgeSpec, vocabulary: Vocabulary | None):
         super().__init__(http, model, spec, vocabulary)
-        ids, expected = [*spec.marker_ids, *spec.label_ids], "".join([spec.marker, *spec.scale.labels])
+        ids, expected = [*spec.marker_ids, *chain(*spec.label_ids)], "".join([spec.marker, *spec.scale.labels])
         found = _detokenize(http, model, ids)
         if "".join(found.split()) != "".join(expected.split()):
             spelled = f"ids {ids} spell {found!r} there, not {expected!r}"
@@ -92,10 +92,10 @@ class LlamaServer(ServerProtocol):
         answer = self._complete(prompt, **options)
         return list(answer["tokens"]), answer["stop_type"] == "eos"
 
-    def _top(self, ids: list[int]) -> list[tuple[int, float]]:
+    def _top(self, ids: list[int], asked: Sequence[int]) -> list[tuple[int, float]]:
         # After a token that is no whole character the server gives no log-probabilities, so it is
-        # made to answer with a label; what it reports is without that bias.
-        options = {"samplers": ["temperature"], "temperature": 0, "logit_bias": [[self._spec.label_ids[0], 1e6]]}
+        # made to answer with one of those asked; what it reports is without that bias.
+        options = {"samplers": ["temperature"], "temperature": 0, "logit_bias": [[asked[0], 1e6]]}
         answer = self._complete(ids, n_predict=1, n_probs=LLAMA_SERVER_TOP, post_sampling_probs=False, **options)
         [position] = answer["completion_probabilities"]
         return [(entry["id"], entry["logprob"]) for entry in position["top_logprobs"]]
@@ -125,7 +125,7 @@ class VLLM(ServerProtocol):
         choice = self._complete(prompt, **options)
         return list(choice["token_ids"]), choice["finish_reason"] == "stop"
 
-    def _top(self, ids: list[int]) -> list[tuple[int, float]]:
+    def _top(self, ids: list[int], asked: Sequence[int]) -> list[tuple[int, float]]:
         choice = self._complete(ids, max_tokens=1, temperature=0, logprobs=TOP, return_tokens_as_token_ids=True)
         [position] = choice["logprobs"]["top_logprobs"]
         return [(_token_id(name), value) for name, value in position.items()]

@@ -7,6 +7,8 @@ import numpy as np
 
 from tract_lite.engines.task import Sample, Task, room_for
 from tract_lite.prompt import Reasoning
+from tract_lite.rail import LabelReading
+from tract_lite.scale import Path
 from tract_lite.spec import JudgeSpec, Sampling
 from tract_lite.vocabulary import Vocabulary
 
@@ -86,24 +88,31 @@ class Job:
     marker: list[int]
     writing: Writing
     reasoning: list[int] | None
+    reading: LabelReading
 
     @property
     def ids(self) -> list[int]:
-        """What the next logits are read after."""
-        return self.prompt if self.reasoning is None else [*self.prompt, *self.reasoning, *self.marker]
+        """What the next logits are read after; of several nodes of the labels' tree, the last."""
+        return self.prompt if self.reasoning is None else self.ids_at(self.reading.wanted[-1])
 
-    def complete(self, label_log_probabilities: np.ndarray) -> list[tuple[int, list[Sample]]]:
-        """Take the score; returns the task's answer if this was the last that it lacked."""
-        self.samples[self.number] = Sample(self.reasoning or [], self.writing.truncated, label_log_probabilities)
+    def ids_at(self, node: Path) -> list[int]:
+        """The ids up to a node of the labels' tree."""
+        return [*self.prompt, *(self.reasoning or ()), *self.marker, *node]
+
+    def complete(self) -> list[tuple[int, list[Sample]]]:
+        """Where all is read, the task's answer, if this was the last that it lacked."""
+        self.samples[self.number] = Sample.of(self.reasoning or [], self.writing.truncated, self.reading)
         return [(self.index, self.samples)] if all(self.samples) else []
 
 
 def jobs_of(index: int, task: Task, spec: JudgeSpec, vocabulary: Vocabulary, context_length: int) -> list[Job]:
     """The samples of a task. Raises ValueError: it does not fit in the context."""
     room = room_for(task, spec, context_length)
-    samples, prompt, marker = [None] * len(task.seeds), list(task.prompt), list(spec.marker_ids)
+    ending = task.ending(spec)
+    samples, prompt, marker = [None] * len(task.seeds), list(task.prompt), list(ending.marker)
     jobs = []
     for number, seed in enumerate(task.seeds):
         given = None if task.reasonings is None else list(task.reasonings[number])
-        jobs.append(Job(index, number, samples, prompt, marker, Writing(spec, vocabulary, seed, room), given))
+        writing, reading = Writing(spec, vocabulary, seed, room), LabelReading(ending, spec.eos_id)
+        jobs.append(Job(index, number, samples, prompt, marker, writing, given, reading))
     return jobs

@@ -74,12 +74,17 @@ class Slots:
             slot.fork = fork
         return slot
 
-    def hold(self, slot: Slot, ids: Sequence[int]) -> None:
-        """Make a slot hold these ids, of which what is there is kept, but for the last's logits."""
+    def hold(self, slot: Slot, ids: Sequence[int], comes_back: bool = False) -> None:
+        """Make a slot hold these ids, of which what is there is kept, but for the last's logits.
+
+        `comes_back`: later ids will begin with these, more than once.
+        """
         slot.ids = slot.ids[: slot.filled]
         length = min(self._shared(slot, ids), len(ids) - 1)
         slot.ids, slot.filled, slot.fork = list(ids), length, slot.fork if slot.fork <= length else 0
         self._context.cut(slot.number, slot.filled)
+        if comes_back and not self._context.forgets:
+            slot.fork = len(ids)
 
     def _shared(self, slot: Slot, ids: Sequence[int]) -> int:
         """How many of these ids a slot holds or is to hold, and can be set back to."""

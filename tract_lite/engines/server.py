@@ -18,6 +18,7 @@ from tract_lite.engines.llama_cpp import load_model, quiet_llama, spec_at
 from tract_lite.engines.protocols import VLLM, LlamaServer, ServerProtocol
 from tract_lite.engines.task import Answers, Engine, Sample, Task, room_for
 from tract_lite.engines.untrained import check_unasked, untrained_spec_at
+from tract_lite.rail import LabelReading
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import SPEC_FILE, SpecSource
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
@@ -162,8 +163,12 @@ class ServerEngine(Engine):
             reasoning, complete = self._protocol.write(prompt, room, task.seeds[number])
         else:
             reasoning = list(task.reasonings[number])
-        found = self._protocol.read(prompt, reasoning)
-        return Sample(reasoning, not complete, found.label_log_probabilities, found.missing_mass, found.error_bound)
+        ending = task.ending(self.spec)
+        reading, before = LabelReading(ending, self.spec.eos_id), [*prompt, *reasoning, *ending.marker]
+        while reading.wanted:
+            node = reading.wanted[-1]
+            reading.add(node, self._protocol.read([*before, *node], reading.asked(node)))
+        return Sample.of(reasoning, not complete, reading)
 
 
 def _find(http: Connection, model: str | None) -> tuple[type[ServerProtocol], str, str | None, int | None]:

@@ -9,6 +9,8 @@ from typing import Any, Callable, Iterable, Iterator, Protocol, Self, Sequence, 
 import numpy as np
 
 from tract_lite.data.resume import MOST_WAITING
+from tract_lite.rail import LabelReading
+from tract_lite.scale import ScoreTokens
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
@@ -18,17 +20,23 @@ class Task:
     """One item for an engine: a prompt, and one seed for each reasoning to sample.
 
     With `reasonings` (ids, one sequence per seed) nothing is sampled: their scores are read. That
-    of an empty one is read straight after the prompt and the marker.
+    of an empty one is read straight after the prompt and the marker. `tokens` spell the item's own
+    scale, where it is not the spec's.
     """
 
     prompt: Sequence[int]
     seeds: Sequence[int]
     reasonings: Sequence[Sequence[int]] | None = None
+    tokens: ScoreTokens | None = None
 
     @classmethod
-    def direct(cls, prompt: Sequence[int]) -> Self:
+    def direct(cls, prompt: Sequence[int], tokens: ScoreTokens | None = None) -> Self:
         """The task of scoring without a reasoning."""
-        return cls(prompt, [0], [[]])
+        return cls(prompt, [0], [[]], tokens)
+
+    def ending(self, spec: JudgeSpec) -> ScoreTokens:
+        """How the labels of the item's scale are spelled."""
+        return self.tokens or spec.tokens
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Sample:
     """One reasoning and the log-probabilities (K,) of the labels after it.
 
     `truncated`: the reasoning was stopped by the length limit, not by the judge itself. Where only
-    top log-probabilities are known, `missing_mass` is what they leave of 1, and `error_bound` how
-    far the score that is read from them may lie from the exact one.
+    top log-probabilities are known, `missing_mass` is what they leave of 1. The score lies within
+    `error_bound` of the exact one. `end_mass`: see `LabelReading`.
     """
 
     reasoning: list[int]
@@ -45,6 +53,13 @@ class Sample:
     label_log_probabilities: np.ndarray
     missing_mass: float = 0.0
     error_bound: float = 0.0
+    end_mass: float = 1.0
+
+    @classmethod
+    def of(cls, reasoning: Sequence[int], truncated: bool, found: LabelReading) -> Self:
+        """The sample of a reasoning and of all that was read after it."""
+        bounds = found.missing_mass, found.error_bound, found.end_mass
+        return cls(list(reasoning), truncated, found.log_probabilities, *bounds)
 
 
 # Second tasks, which write, wait until there are so many: together they fill an engine.
@@ -82,7 +97,8 @@ class Engine(Protocol):
 def room_for(task: Task, spec: JudgeSpec, context_length: int) -> int:
     """How many tokens a reasoning may have. Raises ValueError: the task does not fit as it is."""
     # The label and the end token count as well, as in training.
-    room = context_length - len(task.prompt) - len(spec.marker_ids) - 2
+    ending = task.ending(spec)
+    room = context_length - len(task.prompt) - len(ending.marker) - ending.longest - 1
     given = max(map(len, task.reasonings or ()), default=0)
     # What is to be written needs room for a token.
     if max(given, task.reasonings is None) > room:

@@ -10,7 +10,6 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from tract_lite.engines.sampler import Job, Writing, jobs_of
 from tract_lite.engines.task import Answers, Engine, Task
-from tract_lite.rail import label_log_probabilities
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import TransformersVocabulary
 
@@ -51,26 +50,37 @@ class TransformersEngine(Engine):
             jobs.sort(key=lambda job: (job.reasoning is None, len(job.ids)))
             for start in range(0, len(jobs), self.batch_size):
                 batch = jobs[start : start + self.batch_size]
-                for job, scores in zip(batch, self._scores(batch)):
-                    yield from job.complete(scores)
+                self._judge(batch)
+                for job in batch:
+                    yield from job.complete()
 
     def close(self) -> None:
         """Let go of the model."""
         self.model = None
 
     @torch.inference_mode()
-    def _scores(self, jobs: Sequence[Job]) -> np.ndarray:
-        """Write the reasonings that are not there, and read the labels' log-probabilities."""
+    def _judge(self, jobs: Sequence[Job]) -> None:
+        """Write the reasonings that are not there, and read the labels' log-probabilities.
+
+        Labels of several tokens take further passes, each node of their tree a row.
+        """
         if unwritten := [job for job in jobs if job.reasoning is None]:
             self._write(unwritten)
-        ids, mask = self._pad_left(jobs)
+        while wanted := [(job, node) for job in jobs for node in job.reading.wanted][: self.batch_size]:
+            logits = self._logits([job.ids_at(node) for job, node in wanted])
+            for (job, node), row in zip(wanted, logits):
+                job.reading.add_logits(node, row)
+
+    def _logits(self, sequences: Sequence[list[int]]) -> np.ndarray:
+        """The logits (B, V) after each sequence."""
+        ids, mask = self._pad_left(sequences)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
-        return label_log_probabilities(logits.float().cpu().numpy(), self.spec.label_ids)
+        return logits.float().cpu().numpy()
 
     def _write(self, jobs: Sequence[Job]) -> None:
         """Let the model continue the prompts until each reasoning is done."""
-        ids, mask = self._pad_left(jobs)
+        ids, mask = self._pad_left([job.ids for job in jobs])
         rows = [job.writing for job in jobs]
         ends = {"pad_token_id": self._pad_id, "eos_token_id": self.spec.eos_id}
         config = GenerationConfig(do_sample=False, max_new_tokens=max(row.room for row in rows), **ends)
@@ -85,8 +95,7 @@ class TransformersEngine(Engine):
         for job in jobs:
             job.reasoning = job.writing.ids
 
-    def _pad_left(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
-        sequences = [job.ids for job in jobs]
+    def _pad_left(self, sequences: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, sequences))
         ids = torch.full((len(sequences), longest), self._pad_id)
         mask = torch.zeros_like(ids)

@@ -5,6 +5,7 @@ import math
 import sys
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean
@@ -103,7 +104,7 @@ def long_record(spec: JudgeSpec, vocabulary: Vocabulary, reasoning: Sequence[int
     """A ready prompt that makes, with a reasoning and the score, nearly `length` tokens."""
     sentences = [_SENTENCES[n % len(_SENTENCES)].format(n, n * n % 97) for n in range(length)]
     # As `room_for` counts them.
-    room = length - len(reasoning) - len(spec.marker_ids) - 2
+    room = length - len(reasoning) - len(spec.marker_ids) - spec.tokens.longest - 1
 
     def first(count: int) -> Record:
         return Record(prompt=" ".join(sentences[:count]), id="long check")
@@ -142,7 +143,7 @@ def check_ids(spec: JudgeSpec, tokenizer: Any, vocabulary: Vocabulary, records: 
     if chat != own:
         both = f"{theirs.pieces(chat)}, and the tokenizer's own chat format has {theirs.pieces(own)}"
         raise RuntimeError(f"the judge's prompt has the special tokens {both}\ngive the spec of this model's own judge")
-    ids = [*chat, spec.eos_id, *spec.marker_ids, *spec.label_ids]
+    ids = [*chat, spec.eos_id, *spec.marker_ids, *chain(*spec.label_ids)]
     # llama.cpp ends the process where an id lies beyond its vocabulary.
     pieces, found = theirs.pieces(ids), vocabulary.pieces([i for i in ids if i < len(vocabulary)])
     if pieces != found:

@@ -8,16 +8,18 @@ none.
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Iterator, Sequence, TypeVar
+from functools import partial
+from typing import Any, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tract_lite.loss import IGNORE_INDEX
-from tract_lite.prompt import prompt_ids, reasoning_text
+from tract_lite.loss.cot_raft import IGNORE_INDEX
+from tract_lite.prompt import Endings, prompt_ids, reasoning_text, scale_of
 from tract_lite.record import Record
+from tract_lite.scale import ScoreScale, ScoreTokens
 from tract_lite.spec import JudgeSpec
 from tract_lite.vocabulary import Vocabulary
 
@@ -31,13 +33,18 @@ MOST_REASONS = 3
 class Example:
     """One training sequence: everything from `prompt_length` on is supervised.
 
-    Of a direct one, the marker counts as a part of the prompt.
+    Of a direct one, the marker counts as a part of the prompt. The label `tokens.labels[label]`
+    begins at `score_position`; `shares`, which sum to 1: what each label (by its index) has of the
+    gold score.
     """
 
     ids: list[int]
     prompt_length: int
     score_position: int
     target: float
+    tokens: ScoreTokens
+    label: int
+    shares: Mapping[int, float]
     is_direct: bool = False
 
 
@@ -45,29 +52,53 @@ class Unusable(ValueError):
     """Why a record can't be trained on."""
 
 
-def encode_record(record: Record, spec: JudgeSpec, vocabulary: Vocabulary, *, direct: bool = False) -> Example:
+def encode_record(
+    record: Record,
+    spec: JudgeSpec,
+    vocabulary: Vocabulary,
+    *,
+    endings: Endings | None = None,
+    direct: bool = False,
+    soft: bool = False,
+) -> Example:
     """The training sequence of a record with a gold score and a reasoning, which a `direct` one
     leaves out.
 
-    A score between two labels keeps its value as the target; the label token is the nearest one.
+    A score between two labels keeps its value as the target; its label is the nearest one. Where
+    it is `soft`, both have a share of it, and of several annotators' scores each.
     Raises Unusable: no score on the scale, no reasoning or one with the marker inside, nothing to
         make a prompt of, or too many tokens.
     """
     if record.score is None:
         raise Unusable("no gold score")
-    if not spec.scale.contains(record.score):
+    try:
+        scale, tokens = scale_of(record, spec), (endings or Endings(spec, vocabulary)).of(record)
+    except ValueError as error:
+        raise Unusable(str(error)) from error
+    golds = (record.score, *(record.gold_scores if soft else ()))
+    if not all(map(scale.contains, golds)):
         raise Unusable("the gold score is outside the scale")
     reasoning = [] if direct else _reasoning(record, spec, vocabulary)
     try:
         prompt = prompt_ids(record, spec, vocabulary)
     except ValueError as error:
         raise Unusable(str(error)) from error
-    label = spec.label_ids[spec.scale.nearest(record.score)]
-    ids = [*prompt, *reasoning, *spec.marker_ids, label, spec.eos_id]
+    label = scale.nearest(record.score)
+    ids = [*prompt, *reasoning, *tokens.marker, *tokens.labels[label], spec.eos_id]
     if len(ids) > spec.max_length:
         raise Unusable(f"longer than {spec.max_length} tokens (--max-length)")
-    given = len(prompt) + len(spec.marker_ids) * direct
-    return Example(ids, given, len(ids) - 2, record.score, direct)
+    given = len(prompt) + len(tokens.marker) * direct
+    shares = _shares(scale, golds[1:] or golds) if soft else {label: 1.0}
+    position = len(ids) - 1 - len(tokens.labels[label])
+    return Example(ids, given, position, record.score, tokens, label, shares, direct)
+
+
+def _shares(scale: ScoreScale, golds: Sequence[float]) -> dict[int, float]:
+    """Each label's share of the gold scores, the mean over these."""
+    found: Counter[int] = Counter()
+    for gold in golds:
+        found.update(scale.shares(gold))
+    return {label: share / len(golds) for label, share in found.items()}
 
 
 def _reasoning(record: Record, spec: JudgeSpec, vocabulary: Vocabulary) -> list[int]:
@@ -86,6 +117,7 @@ def encode_records(
     vocabulary: Vocabulary,
     *,
     direct_share: float = 0.0,
+    soft: bool = False,
     seed: int = 0,
     required: bool = False,
 ) -> tuple[list[Example], Counter[str]]:
@@ -93,15 +125,17 @@ def encode_records(
 
     `direct_share` of the examples are direct. Up to a half they are added to the reasoned ones,
     beyond it reasoned ones are left out; of which records, hangs on the `seed`. At a share of 1 no
-    record needs a reasoning.
+    record needs a reasoning. `soft`: see `encode_record`.
     Raises ValueError: no record can be trained on, and one is `required`.
     """
+    endings = Endings(spec, vocabulary)
+    encode = partial(encode_record, spec=spec, vocabulary=vocabulary, endings=endings, soft=soft)
     usable: list[Record] = []
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for record in records:
         try:
-            examples.append(encode_record(record, spec, vocabulary, direct=direct_share == 1))
+            examples.append(encode(record, direct=direct_share == 1))
             usable.append(record)
         except Unusable as reason:
             dropped[str(reason)] += 1
@@ -109,7 +143,7 @@ def encode_records(
         ratio = direct_share / (1 - direct_share)
         chosen = _chosen(usable, ratio, seed)
         examples = _chosen(examples, 1 / ratio, seed)
-        examples += [encode_record(record, spec, vocabulary, direct=True) for record in chosen]
+        examples += [encode(record, direct=True) for record in chosen]
     if required and not examples:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common(MOST_REASONS))
         raise ValueError(f"no record can be trained on, out of {len(records)}: {reasons or 'there is none'}")
@@ -122,10 +156,11 @@ def _chosen(items: Sequence[Item], ratio: float, seed: int) -> list[Item]:
     return [items[place] for place in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch with padding on the right.
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+    """A batch with padding on the right, and the `examples` themselves.
 
-    `input_ids`, `attention_mask`, `labels` (B, T); `score_positions`, `targets` (B,).
+    `input_ids`, `attention_mask`, `labels` (B, T); `score_positions`, `score_lengths` (where the
+    label begins, and its tokens) and `targets` (B,).
     """
     rows = [torch.tensor(example.ids) for example in examples]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
@@ -135,8 +170,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
         row[: example.prompt_length] = IGNORE_INDEX
     positions = torch.tensor([example.score_position for example in examples])
     targets = torch.tensor([example.target for example in examples])
-    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    return batch | {"score_positions": positions, "targets": targets}
+    lengths = torch.tensor([len(example.tokens.labels[example.label]) for example in examples])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "examples": list(examples)}
+    return batch | {"score_positions": positions, "score_lengths": lengths, "targets": targets}
 
 
 class LengthGroupedSampler(Sampler):

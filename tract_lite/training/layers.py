@@ -3,6 +3,7 @@
 from typing import Any, Mapping
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 def lora_targets(model: Any) -> list[str]:
@@ -37,7 +38,7 @@ def linear_layers(model: Any) -> list[str]:
     return [name for name, module in named.items() if is_target(name, module)]
 
 
-def last_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def last_hidden_states(model: Any, batch: Mapping[str, Any], use_cache: bool = False) -> torch.Tensor:
     """The hidden states (B, T, H) before the vocabulary projection, from the model's own forward.
 
     Those of Gemma-3n are four streams there, which its text model joins.
@@ -46,10 +47,44 @@ def last_hidden_states(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.T
     text = getattr(model, "module", model).get_decoder()
     hook = text.register_forward_hook(lambda *call: passed.append(call[-1]))
     try:
-        found = model(**batch, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+        found = model(**batch, use_cache=use_cache, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
     finally:
         hook.remove()
     return found if found.dim() == 3 else passed[-1].last_hidden_state
+
+
+def keeps_prefixes(model: Any) -> bool:
+    """Whether a pass keeps what later tokens can go on from, anywhere in it and with gradients.
+
+    Recurrent and sliding layers do not, nor does a model that computes its passes twice
+    (gradient checkpointing).
+    """
+    held = getattr(model, "module", model)
+    layers = DynamicCache(config=held.config.get_text_config()).layers
+    states = [name for name in getattr(held.config.get_text_config(), "layer_types", None) or () if "full" not in name]
+    is_plain = all(type(layer) is DynamicLayer for layer in layers) and not states
+    return is_plain and not getattr(held, "_is_stateful", False) and not held.is_gradient_checkpointing
+
+
+def prefix_states(
+    model: Any, input_ids: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, suffixes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states of sequences (B, T, H) and of suffixes (R, S, H) in one reading.
+
+    Each of `suffixes` (R, S) goes on from the first `starts` (R,) tokens of the sequence that
+    `rows` (R,) names.
+    """
+    cache = DynamicCache(config=getattr(model, "module", model).config.get_text_config())
+    whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
+    hidden = last_hidden_states(model, whole, use_cache=True)
+    longest = int(starts.max())
+    cache.crop(longest)
+    cache.batch_select_indices(rows)
+    read = torch.arange(longest, device=starts.device) < starts[:, None]
+    after = torch.arange(suffixes.shape[1], device=starts.device)
+    batch = {"input_ids": suffixes, "position_ids": starts[:, None] + after, "past_key_values": cache}
+    batch["attention_mask"] = torch.cat([read.to(suffixes.dtype), torch.ones_like(suffixes)], dim=1)
+    return hidden, last_hidden_states(model, batch, use_cache=True)
 
 
 def lm_head_weight(model: Any) -> torch.Tensor:

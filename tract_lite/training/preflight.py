@@ -4,13 +4,18 @@ A framework may give other tensors than asked for, or train nothing, and the los
 """
 
 import logging
-from typing import Sequence
+from dataclasses import replace
+from typing import Any, Sequence
 
+import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.functional import cross_entropy
 
-from tract_lite.loss import IGNORE_INDEX
+from tract_lite.loss.cot_raft import IGNORE_INDEX
+from tract_lite.rail import LabelReading, expected_score
 from tract_lite.spec import JudgeSpec
+from tract_lite.training.branches import raft_factor
 from tract_lite.training.encode import Example, collate
 from tract_lite.training.seed_model import compute_dtype, full_logits, hidden_states
 from tract_lite.training.trainer import CotRaftTrainer
@@ -37,8 +42,10 @@ def preflight(
     """
     shortest = sorted(examples, key=lambda example: len(example.ids))[:SEQUENCES]
     check_labels(shortest, spec, vocabulary)
+    # What a share of a label does is arithmetic; what is checked is where its numbers come from.
+    shortest = [replace(example, shares={example.label: 1.0}) for example in shortest]
     model = trainer.model.train()
-    batch = {name: tensor.to(trainer.args.device) for name, tensor in collate(shortest, pad_id).items()}
+    batch = send_to_device(collate(shortest, pad_id), trainer.args.device)
     on_gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(on_gpus), trainer.compute_loss_context_manager():
         width = model.config.get_text_config().hidden_size
@@ -55,51 +62,67 @@ def preflight(
 
 
 def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocabulary) -> None:
-    """The score token of each sequence spells the label that is nearest to its gold score."""
+    """The score tokens of each sequence spell the label that is nearest to its gold score."""
     for example in examples:
+        # Other scales than the spec's are encoded with this vocabulary, just before.
+        if example.tokens.values != spec.scale.values:
+            continue
         label = spec.scale.labels[spec.scale.nearest(example.target)]
-        spelled = vocabulary.decode([example.ids[example.score_position]])
+        start = example.score_position
+        spelled = vocabulary.decode(example.ids[start : start + len(example.tokens.labels[example.label])])
         if spelled.strip() != label.strip():
             fault = f"a score token spells {spelled!r}, its gold label is {label!r}"
             advice = "the spec belongs to another vocabulary: make it with this tokenizer, by make_spec"
             raise RuntimeError(f"preflight: {fault}\n{advice}")
 
 
-def check_loss(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+def check_loss(trainer: CotRaftTrainer, batch: dict[str, Any]) -> tuple[float, float]:
     """The loss of the batch and that of the plain formula on full logits, which must agree.
 
     The squared error is compared as what it is made of, the expected scores: far from the gold
     score, it would multiply what rounding makes of them.
     """
     with torch.no_grad():
-        # The same random numbers for dropout in both passes.
+        # The same random numbers for dropout in both passes; those of branches have none.
         torch.manual_seed(0)
+        trainer.model.train(trainer.is_flat)
         ours = trainer.loss_of(trainer.model, batch)
-        torch.manual_seed(0)
         ce, expected = plain_terms(trainer, batch)
+        trainer.model.train()
+    widths = expected.new_tensor([max(one.tokens.values) - min(one.tokens.values) for one in batch["examples"]])
     same_scores, plain = (
-        (ce + trainer.settings.raft_weight * (scores - batch["targets"]).square().mean()).item()
+        (ce + trainer.settings.raft_weight * (raft_factor(widths) * (scores - batch["targets"]).square()).mean()).item()
         for scores in (ours.predictions, expected)
     )
     loss, dtype = ours.loss.item(), compute_dtype(trainer.model)
-    width = trainer.score_values.max() - trainer.score_values.min()
-    are_near = (ours.predictions - expected).abs().max() <= SCORE_TOLERANCE[dtype] * width
+    are_near = bool(((ours.predictions - expected).abs() <= SCORE_TOLERANCE[dtype] * widths).all())
     if not (are_near and abs(loss - same_scores) <= TOLERANCE[dtype] * max(1.0, abs(same_scores))):
         raise RuntimeError(f"preflight: the loss is {loss:.5g}, by the plain formula {plain:.5g}\n{ADVICE}")
     return loss, plain
 
 
-def plain_terms(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy (torch's) and expected scores (B,), from the model's own logits."""
+def plain_terms(trainer: CotRaftTrainer, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy (torch's) and expected scores (B,), from the model's own logits.
+
+    Each node of the labels' trees behind the first is a sequence of its own.
+    """
+    labels = batch["labels"].clone()
+    torch.manual_seed(0)
     logits = full_logits(trainer.model, batch["input_ids"], batch["attention_mask"])
-    labels, positions = batch["labels"].clone(), batch["score_positions"]
-    rows = torch.arange(len(labels), device=labels.device)
-    at_score = logits[rows, positions - 1].float()
-    expected = at_score.softmax(-1)[:, trainer.score_ids] @ trainer.score_values
-    if not trainer.settings.ce_on_score:
-        labels[rows, positions] = IGNORE_INDEX
+    expected = []
+    for row, example in enumerate(batch["examples"]):
+        start, reading = example.score_position, LabelReading(example.tokens, trainer.end_id)
+        reading.add_logits((), logits[row, start - 1].float().cpu().numpy())
+        while reading.wanted:
+            ids = torch.tensor([[*example.ids[:start], *reading.wanted[-1]]], device=labels.device)
+            after = full_logits(trainer.model, ids, torch.ones_like(ids))[0, -1]
+            reading.add_logits(reading.wanted[-1], after.float().cpu().numpy())
+        expected.append(expected_score(np.exp(reading.log_probabilities), example.tokens.values))
+        if not trainer.settings.ce_on_score:
+            labels[row, start : start + len(example.tokens.labels[example.label])] = IGNORE_INDEX
     supervised = labels[:, 1:] != IGNORE_INDEX
-    return cross_entropy(logits[:, :-1][supervised].float(), labels[:, 1:][supervised]), expected
+    ce = cross_entropy(logits[:, :-1][supervised].float(), labels[:, 1:][supervised])
+    return ce, torch.tensor(expected, dtype=ce.dtype, device=ce.device)
 
 
 def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> int:

@@ -182,7 +182,7 @@ def _positions(config: Any) -> int | None:
 
 def longest_sequence(model: Any) -> int | None:
     """How many tokens of a sequence the model reads; None: any number."""
-    loaded_for = model.max_seq_length if _is_unsloth(model) else None
+    loaded_for = model.max_seq_length if is_unsloth(model) else None
     return min(filter(None, (loaded_for, _positions(model.config))), default=None)
 
 
@@ -208,7 +208,7 @@ def add_lora(
     set_seed(seed)
     targets = lora_targets(model)
     lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
-    if _is_unsloth(model):
+    if is_unsloth(model):
         from unsloth import FastLanguageModel
 
         lora |= {"use_gradient_checkpointing": "unsloth" if gradient_checkpointing else False, "random_state": seed}
@@ -224,7 +224,7 @@ def add_lora(
 
 def for_training(model: Any) -> None:
     """Undo what judging with the model has switched, so that it can be trained."""
-    if _is_unsloth(model):
+    if is_unsloth(model):
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_training(model)
@@ -256,7 +256,7 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     """
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     held = getattr(model, "module", model)
-    if _is_unsloth(model) and not getattr(held, PLAIN_MARK, False):
+    if is_unsloth(model) and not getattr(held, PLAIN_MARK, False):
         hidden = _by_switch(model, batch)
         # Unsloth cuts what is longer than it was asked for.
         if hidden.shape[1] < input_ids.shape[1]:
@@ -283,6 +283,6 @@ def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
     return model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def _is_unsloth(model: Any) -> bool:
+def is_unsloth(model: Any) -> bool:
     """Whether Unsloth has loaded the model, which may be inside DDP and have an adapter on it."""
     return getattr(getattr(model, "module", model), UNSLOTH_MARK, False)

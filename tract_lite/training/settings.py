@@ -10,6 +10,8 @@ RESULT_FILE, ADAPTER = "stage.json", "adapter"
 # Says that a checkpoint is whole.
 COMPLETE_FILE = "complete.json"
 
+NEAREST, SOFT = TARGETS = ("nearest", "soft")
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 PAPER_LEARNING_RATE = 1e-5
@@ -43,10 +45,14 @@ class TrainSettings:
     name of transformers, such as "paged_adamw_8bit". `max_grad_norm` 0 clips nothing. Every
     `save_every` steps, and at the end, a checkpoint is written and validation records are scored.
 
+    `raft_weight` is for a scale as wide as 1 to 5: on another one, errors count by their share of
+    its width. `target`: the cross-entropy of a gold score between two labels is that of the
+    "nearest" one, or "soft": of both, in proportion; see `encode_record`.
+
     `direct_share`: that share of the sequences has no reasoning, so that the judge answers both
     ways; at 1 it answers directly alone. See `encode_records`.
-    Raises ValueError: `batch_size` is no multiple of `micro_batch_size`, or `direct_share` is not
-        from 0 to 1.
+    Raises ValueError: `batch_size` is no multiple of `micro_batch_size`, `direct_share` is not
+        from 0 to 1, or an unknown `target`.
     """
 
     epochs: float = 2.0
@@ -64,8 +70,11 @@ class TrainSettings:
     log_every: int = 10
     seed: int = 42
     direct_share: float = 0.0
+    target: str = NEAREST
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.target!r}")
         if not 0 <= self.direct_share <= 1:
             raise ValueError(f"direct_share must be from 0 to 1, got {self.direct_share}")
         self.accumulation(1)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tract_lite.data.files import cache_folder
 from tract_lite.data.formats import record_to_row
-from tract_lite.loss import cot_raft_loss
+from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.prompt import render
 from tract_lite.record import Record, digest
 from tract_lite.scale import ScoreScale
@@ -95,7 +95,7 @@ def _train_model(records: Sequence[Record], spec: JudgeSpec, tokenizer: Any, ste
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, step / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    ids, values = torch.tensor(spec.label_ids), torch.tensor(spec.scale.values)
+    ids, values = torch.tensor([label[0] for label in spec.label_ids]), torch.tensor(spec.scale.values)
     for _, batch in zip(tqdm(range(steps), "toy seed model"), _batches(examples)):
         inputs = collate(batch, pad_id=0)
         # Right padding is behind all real tokens, so the causal mask is enough.

@@ -15,13 +15,15 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tract_lite.data.jsonl import write_json
-from tract_lite.loss import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
+from tract_lite.loss.cot_raft import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
+from tract_lite.loss.label_trees import cot_raft_tree_loss
 from tract_lite.metrics import evaluate
 from tract_lite.spec import JudgeSpec
+from tract_lite.training.branches import label_trees, node_states, raft_factor
 from tract_lite.training.encode import Example, LengthGroupedSampler, collate
 from tract_lite.training.layers import head_options, lm_head_weight
 from tract_lite.training.seed_model import compute_dtype, hidden_states
-from tract_lite.training.settings import COMPLETE_FILE, TrainSettings
+from tract_lite.training.settings import COMPLETE_FILE, NEAREST, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,9 @@ class CotRaftTrainer(Trainer):
         learning_rate, reason = settings.pick_learning_rate(steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)", len(examples), steps, learning_rate, reason)
         arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), bool(validation))
-        self.settings = settings
+        self.settings, self._spec, self._pad_id, self.end_id = settings, spec, tokenizer.pad_token_id, spec.eos_id
+        # One token after the marker tells all, in every sequence.
+        self.is_flat = spec.tokens.is_flat and not spec.any_scale and settings.target == NEAREST
         self._lengths = [len(example.ids) for example in examples]
         self.total_tokens = sum(self._lengths) * steps / -(-len(examples) // settings.batch_size)
         super().__init__(
@@ -57,7 +61,7 @@ class CotRaftTrainer(Trainer):
             train_dataset=list(examples),
             eval_dataset=list(validation) or None,
             compute_metrics=_agreement,
-            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            data_collator=self._collate,
             callbacks=[_MarkComplete()],
         )
         if self.pop_callback(ProgressCallback):
@@ -65,8 +69,8 @@ class CotRaftTrainer(Trainer):
         # Our loss divides by the counts of the step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self._head, self._head_options = lm_head_weight(model), head_options(model)
-        self.score_ids = torch.tensor(spec.label_ids, device=self.args.device)
-        self.score_values = torch.tensor(spec.scale.values, device=self.args.device)
+        self._score_ids = torch.tensor([label[0] for label in spec.label_ids], device=self.args.device)
+        self._score_values = torch.tensor(spec.scale.values, device=self.args.device)
         self._meter = _Meter(self.args.device)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -74,10 +78,9 @@ class CotRaftTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, device=device)
         for batch in batches:
-            has_score = batch["score_positions"] > 0
             counts[0] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-            counts[0] -= 0 if self.settings.ce_on_score else has_score.sum()
-            counts[1] += has_score.sum()
+            counts[0] -= 0 if self.settings.ce_on_score else batch["score_lengths"].sum()
+            counts[1] += len(batch["labels"])
         # DDP averages gradients over processes, so each one divides by its share of the total.
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for batch in batches:
@@ -95,17 +98,34 @@ class CotRaftTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             result = self.loss_of(model, inputs)
-        return result.loss, result.predictions, inputs["targets"]
+        predictions, targets = result.predictions, inputs["targets"]
+        if self._spec.any_scale:
+            # Of several scales, each error counts by its share of the width.
+            ends = [(min(one.tokens.values), max(one.tokens.values)) for one in inputs["examples"]]
+            low, high = torch.tensor(ends, dtype=targets.dtype, device=targets.device).T
+            predictions, targets = (predictions - low) / (high - low), (targets - low) / (high - low)
+        return result.loss, predictions, targets
 
     def loss_of(self, model: Any, inputs: dict[str, Any]) -> CotRaftLoss:
         """The loss of one micro-batch, by the counts of its step where it brings them."""
-        batch = dict(inputs)
+        batch: dict[str, Any] = dict(inputs)
+        examples, lengths, ids = batch.pop("examples"), batch.pop("score_lengths"), batch.pop("input_ids")
         # Padding is behind all real tokens, which never read it: a mask would only take time.
         unmasked = torch.ones_like(batch.pop("attention_mask"))
-        hidden = hidden_states(model, batch.pop("input_ids"), unmasked)
-        batch |= {"score_token_ids": self.score_ids, "score_values": self.score_values}
-        batch |= {"raft_weight": self.settings.raft_weight, "ce_on_score": self.settings.ce_on_score}
-        return cot_raft_loss(hidden, self._head, **batch, **self._head_options)
+        batch |= {"ce_on_score": self.settings.ce_on_score, **self._head_options}
+        if self.is_flat:
+            hidden = hidden_states(model, ids, unmasked)
+            batch |= {"score_token_ids": self._score_ids, "score_values": self._score_values}
+            factor = raft_factor(self._spec.scale.width)
+            return cot_raft_loss(hidden, self._head, raft_weight=self.settings.raft_weight * factor, **batch)
+        trees, nodes = label_trees(examples, self.end_id)
+        hidden, states = node_states(model, examples, ids, nodes)
+        batch |= {"trees": trees.to(ids.device), "node_states": states}
+        batch["score_spans"] = torch.stack([batch.pop("score_positions"), lengths], dim=1)
+        return cot_raft_tree_loss(hidden, self._head, raft_weight=self.settings.raft_weight, **batch)
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        return collate(examples, self._pad_id)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

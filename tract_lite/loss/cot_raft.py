@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Bounds the logits alive at once: 64 MiB in float32.
-CHUNK_ELEMENTS = 2**24
-# Rows of a chunk of logits whose slopes under a cap are found at once.
-SLOPE_ROWS = 4
-VOCABULARY_BLOCK = 4096
+from tract_lite.loss.projection import capped_logits, chunk_rows, project_back, slope, times_slopes
+
 IGNORE_INDEX = -100
 
 
@@ -77,8 +74,8 @@ def cot_raft_loss(
     token_mask = is_token[rows, positions + 1]
     score_mask = is_score[rows, positions + 1]
 
-    tokens = _at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
-    sequences = _at_least_one(score_mask.sum() if num_sequences is None else num_sequences, labels)
+    tokens = at_least_one(token_mask.sum() if num_tokens is None else num_tokens, labels)
+    sequences = at_least_one(score_mask.sum() if num_sequences is None else num_sequences, labels)
     # The gradient is formed in the forward pass, so each position carries its final weights.
     loss, ce, raft, expected = _CotRaft.apply(
         hidden_states[rows, positions],
@@ -99,7 +96,7 @@ def cot_raft_loss(
     return CotRaftLoss(loss, ce, raft, predictions)
 
 
-def _at_least_one(count: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
+def at_least_one(count: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(count, device=like.device).clamp(min=1)
 
 
@@ -115,17 +112,13 @@ class _CotRaft(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        size = chunk_rows(weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
                 chunk = slice(start, start + size)
                 h, token = hidden[chunk].to(dtype) * scale, tokens[chunk, None]
                 ce_weight, raft_weight = ce_weights[chunk], raft_weights[chunk]
-                logits = _project(h, weight)
-                if bias is not None:
-                    logits.add_(bias.to(dtype), alpha=scale)
-                if cap:
-                    logits.div_(cap).tanh_().mul_(cap)
+                logits = capped_logits(h, weight, bias, cap, scale)
                 token_logits, label_logits = logits.gather(1, token)[:, 0], logits[:, ids]
                 top = logits.amax(1, keepdim=True)
                 probabilities = logits.sub_(top).exp_()
@@ -143,16 +136,16 @@ class _CotRaft(torch.autograd.Function):
                     at_labels = label_probabilities * (ce_weight[:, None] + pull[:, None] * (values - y[:, None]))
                     at_token = -ce_weight
                     if cap:
-                        _times_slopes(probabilities, log_total, cap)
+                        times_slopes(probabilities, log_total, cap)
                         at_labels, at_token = (
-                            at_labels * _slope(label_logits, cap),
-                            at_token * _slope(token_logits, cap),
+                            at_labels * slope(label_logits, cap),
+                            at_token * slope(token_logits, cap),
                         )
                     grad = probabilities.mul_((ce_weight - pull * y)[:, None])
                     grad[:, ids] = at_labels
                     grad.scatter_add_(1, token, at_token[:, None])
                     if grad_hidden is not None:
-                        grad_hidden[chunk] = _project_back(grad, weight) * scale
+                        grad_hidden[chunk] = project_back(grad, weight) * scale
                     if grad_weight is not None:
                         grad_weight.addmm_(grad.T, h)
                     if grad_bias is not None:
@@ -170,39 +163,3 @@ class _CotRaft(torch.autograd.Function):
         # The factor of a gradient scaler is applied before the cast, so float16 does not underflow.
         grads = [None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.types)]
         return *grads, *[None] * 9
-
-
-def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V) in the type of `hidden`, without a copy of `weight` in that type."""
-    if weight.dtype == hidden.dtype:
-        return hidden @ weight.T
-    logits = hidden.new_empty(len(hidden), len(weight))
-    for block, out in zip(weight.split(VOCABULARY_BLOCK), logits.split(VOCABULARY_BLOCK, dim=1)):
-        torch.mm(hidden, block.to(hidden.dtype).T, out=out)
-    return logits
-
-
-def _slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
-    """The slope of c * tanh(x / c) where it has these values."""
-    return 1 - (capped / cap).square()
-
-
-def _times_slopes(probabilities: torch.Tensor, log_total: torch.Tensor, cap: float) -> None:
-    """Multiply probabilities (N, V) by the cap's slopes at their logits, in place.
-
-    The logits are found again, a few rows at a time: kept, they would take as much memory again.
-    Where a probability is 0, so is the product.
-    """
-    for rows, totals in zip(probabilities.split(SLOPE_ROWS), log_total.split(SLOPE_ROWS)):
-        capped = rows.log().add_(totals[:, None]).clamp_(-cap, cap)
-        rows.mul_(capped.div_(cap).square_().neg_().add_(1))
-
-
-def _project_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Gradient (N, H) of the hidden states from that of the logits (N, V)."""
-    if weight.dtype == grad.dtype:
-        return grad @ weight
-    back = grad.new_zeros(len(grad), weight.shape[1])
-    for block, columns in zip(weight.split(VOCABULARY_BLOCK), grad.split(VOCABULARY_BLOCK, dim=1)):
-        back.addmm_(columns, block.to(grad.dtype))
-    return back
