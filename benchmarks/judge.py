@@ -37,13 +37,16 @@ import measure
 import numpy as np
 from measure import MB, in_child, table, verdict
 
+from tract_lite import rail
 from tract_lite.data.files import cache_folder
 from tract_lite.engines.context import usable_cpus
 from tract_lite.engines.llama import LlamaEngine, default_parallel
-from tract_lite.engines.llama_cpp import has_amx, read_spec, system_info
+from tract_lite.engines.llama_cpp import has_amx, load_model, read_spec, system_info
 from tract_lite.engines.task import Task
 from tract_lite.rail import label_log_probabilities
-from tract_lite.spec import MARKER, JudgeSpec
+from tract_lite.scale import ScoreScale
+from tract_lite.spec import MARKER, JudgeSpec, spec_for
+from tract_lite.vocabulary import GGUFVocabulary
 
 # Logits spread so far make distributions about as peaked as those of text: a nucleus of 0.9 holds
 # a handful to some dozens of tokens.
@@ -91,7 +94,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Way:
-    """`function` judges; `bar`: how many times as fast as `base` (a name) it has to be."""
+    """`function` judges; `bar`: how many times as fast as `base` (a name) it has to be.
+
+    On another `scale` than 1-5 every branch of the labels' tree is followed, however unlikely.
+    """
 
     name: str
     function: str
@@ -99,6 +105,7 @@ class Way:
     shares: bool = False
     short: bool = False
     repack: bool = False
+    scale: str = ""
     base: str = ""
     bar: float | None = None
 
@@ -107,14 +114,16 @@ class Way:
 Judging = Callable[[Sequence[Task]], list[int]]
 
 PLAIN, PLAIN_8 = "llama-cpp-python, one at a time", "llama-cpp-python, prefix cache"
-SHORT = "ours, short items under one rubric"
+SHARED, SHORT = "ours, one rubric and instruction", "ours, short items under one rubric"
 WAYS = (
     Way(PLAIN, "plain"),
     Way("llama-cpp-python with logprobs", "logprobs", base=PLAIN),
     Way("llama-server, unrelated prompts", "server", base=PLAIN),
     Way("ours, unrelated prompts", "ours", base=PLAIN, bar=2.0),
-    Way("ours, one rubric and instruction", "ours", shares=True, base=PLAIN, bar=3.5),
+    Way(SHARED, "ours", shares=True, base=PLAIN, bar=3.5),
     Way("ours, the same, repacked", "ours", shares=True, repack=True, base=PLAIN),
+    Way("ours, the same on 1-10", "ours", shares=True, scale="1-10", base=SHARED, bar=0.87),
+    Way("ours, the same on 0-100", "ours", shares=True, scale="0-100", base=SHARED, bar=0.67),
     Way(PLAIN_8, "plain", n_cot=8),
     Way("llama-server, 8 reasonings an item", "server", n_cot=8, base=PLAIN_8),
     Way("ours, 8 reasonings an item", "ours", n_cot=8, base=PLAIN_8, bar=3.0),
@@ -142,7 +151,6 @@ def write_seed(folder: Path, shape: Shape) -> JudgeSpec:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tract_lite.scale import ScoreScale
     from tract_lite.spec import make_spec
 
     _write_vocabulary(folder)
@@ -230,6 +238,10 @@ def judge(
     buffers = _record_buffers()
     spec = read_spec(path)
     spec = replace(spec, sampling=replace(spec.sampling, max_new_tokens=lengths.reasoning))
+    if way.scale:
+        spec = on_scale(spec, ScoreScale.parse(way.scale), path)
+        # A random judge puts next to nothing on labels: all branches would be left out.
+        rail.PRUNED_MASS = 0.0
     functions = {"ours": _ours, "plain": _plain, "logprobs": _logprobs, "server": _server}
     run = functions[way.function](
         path, spec, lengths.all, threads=threads, parallel=parallel, repack=way.repack, amx=amx, server=server
@@ -245,6 +257,12 @@ def judge(
         "file": Path(path).stat().st_size,
         "buffers": buffers,
     }
+
+
+def on_scale(spec: JudgeSpec, scale: ScoreScale, path: str) -> JudgeSpec:
+    """The spec with another scale, spelled in the vocabulary of a GGUF file."""
+    vocabulary = GGUFVocabulary(load_model(path, vocab_only=True))
+    return spec_for(vocabulary, spec.chat, scale, template=spec.template, sampling=spec.sampling)
 
 
 def _record_buffers() -> dict[str, float]:
@@ -280,7 +298,7 @@ def _plain(path: str, spec: JudgeSpec, length: int, threads: int, amx: bool, **_
                 reasoning = list(islice(sampled, spec.sampling.max_new_tokens))
                 llama.eval([reasoning[-1], *spec.marker_ids])
                 logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), (llama.n_vocab(),))
-                label_log_probabilities(logits, spec.label_ids)
+                label_log_probabilities(logits, [label[0] for label in spec.label_ids])
                 written.append(len(reasoning))
         return written
 

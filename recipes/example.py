@@ -59,6 +59,14 @@ SEED_SPOKEN = 0.3
 
 
 @dataclass(frozen=True)
+class Points:
+    """What a score begins with, and what each tip adds that counts."""
+
+    none: int = 1
+    tips: tuple[int, ...] = (1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
 class Item:
     """A record, the mean of its gold score's distribution, and the state of each tip in order."""
 
@@ -67,18 +75,18 @@ class Item:
     states: tuple[str, ...]
 
 
-def make_items(count: int, seed: int) -> list[Item]:
+def make_items(count: int, seed: int, points: Points = Points()) -> list[Item]:
     """`count` items with an expert's feedback and gold scores; the same for the same seed."""
     draw = random.Random(seed)
-    return [_make_item(draw, f"demo-{seed}-{number}") for number in range(count)]
+    return [_make_item(draw, f"demo-{seed}-{number}", points) for number in range(count)]
 
 
-def pretraining_records() -> list[Record]:
+def pretraining_records(points: Points = Points()) -> list[Record]:
     """What the seed model is trained on before any judging data."""
-    return [seed_style(item) for item in make_items(PRETRAINING_ITEMS, PRETRAINING_SEED)]
+    return [seed_style(item, points) for item in make_items(PRETRAINING_ITEMS, PRETRAINING_SEED, points)]
 
 
-def seed_style(item: Item) -> Record:
+def seed_style(item: Item, points: Points = Points()) -> Record:
     """The item as the seed model learnt to judge: tip by tip, mostly terse, and vague counts."""
     draw = random.Random(item.record.id)
     if draw.random() < SEED_SPOKEN:
@@ -86,11 +94,11 @@ def seed_style(item: Item) -> Record:
         sentences = [SPOKEN[kind].format(n) for n, kind in enumerate(kinds, 1)]
     else:
         sentences = [TERSE[state].format(n) for n, state in enumerate(item.states, 1)]
-    score = 1 + sum(state != "none" for state in item.states)
+    score = points.none + sum(worth for worth, state in zip(points.tips, item.states) if state != "none")
     return replace(item.record, feedback=" ".join(sentences), score=float(score))
 
 
-def _make_item(draw: random.Random, name: str) -> Item:
+def _make_item(draw: random.Random, name: str, points: Points) -> Item:
     instruction, things = draw.choice(list(TOPICS.items()))
     states = tuple(draw.choices(tuple(SHARES), tuple(SHARES.values()), k=TIPS))
     tips = [
@@ -104,8 +112,10 @@ def _make_item(draw: random.Random, name: str) -> Item:
     # The expert starts at any tip and goes round.
     start = draw.randrange(TIPS)
     told = verdicts[start:] + verdicts[:start]
-    score = float(1 + sum(verdict in ("sound", "counts") for _, verdict in verdicts))
+    good = (worth for worth, (_, verdict) in zip(points.tips, verdicts) if verdict in ("sound", "counts"))
+    score = float(points.none + sum(good))
     feedback = " ".join(SPOKEN[verdict].format(n) for n, verdict in told)
     record = Record(instruction, " ".join(tips), RUBRIC, score=score, feedback=feedback, id=name)
-    mean = 1 + states.count("sound") + CHANCE * states.count("vague")
+    chances = {"sound": 1.0, "vague": CHANCE, "none": 0.0}
+    mean = points.none + sum(worth * chances[state] for worth, state in zip(points.tips, states))
     return Item(record, mean, states)

@@ -26,6 +26,7 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
         files = {"data": "data.jsonl", "held_out": "held_out.jsonl", "template": "template.jinja"}
         preset = replace(preset, **{name: str(folder / file) for name, file in files.items()})
     data = run.data(read_splits, **preset.splits)
+    preset = preset.on(data.records, data.scale)
     if preset.seed_model is None:
         if own_data:
             way = "to show the way; for a judge of use, choose a real one"
@@ -49,5 +50,5 @@ def write_example(run: Run, training: int, held_out: int, folder: Path) -> None:
 
 
 def _toy_seed_model(preset: Preset, records: Sequence[Record], **size: int) -> Path:
-    fields = {name: preset.seed[name] for name in ("scale", "template", "max_length", "sampling")}
+    fields = {name: preset.seed[name] for name in "scale units any_scale template max_length sampling".split()}
     return make_toy_seed_model(records, **size, **fields)

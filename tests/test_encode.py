@@ -37,7 +37,7 @@ def test_reasoning_marker_label_and_end_are_supervised_and_nothing_else(name):
     spec, vocabulary = load(name)
     batch = collate([encode_record(RECORD, spec, vocabulary)], pad_id=0)
     supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
-    expected = [*vocabulary.encode("It names 4 steps."), *spec.marker_ids, spec.label_ids[3], spec.eos_id]
+    expected = [*vocabulary.encode("It names 4 steps."), *spec.marker_ids, *spec.label_ids[3], spec.eos_id]
     assert supervised == expected, f"{vocabulary.pieces(supervised)} != {vocabulary.pieces(expected)}"
 
 
@@ -48,7 +48,7 @@ def test_training_reads_the_ids_that_judging_meets(name):
     reasoning, complete = cut_reasoning(example.ids[example.prompt_length :], spec, vocabulary)
     judged = [*prompt_ids(RECORD, spec, vocabulary), *reasoning, *spec.marker_ids]
     assert complete and example.ids[: example.score_position] == judged
-    assert example.ids[example.score_position :] == [spec.label_ids[3], spec.eos_id]
+    assert example.ids[example.score_position :] == [*spec.label_ids[3], spec.eos_id]
 
 
 @everywhere
@@ -59,7 +59,7 @@ def test_specials_in_a_record_never_move_the_score_position(name):
     record = Record(nasty, nasty, Rubric(nasty), nasty, score=2.0, feedback=feedback)
     example = encode_record(record, spec, vocabulary)
     assert example.score_position == len(example.ids) - 2
-    assert example.ids[-2:] == [spec.label_ids[1], spec.eos_id]
+    assert example.ids[-2:] == [*spec.label_ids[1], spec.eos_id]
     specials = set(vocabulary.specials.values())
     in_chat = [piece for piece in spec.chat if isinstance(piece, int)]
     assert [i for i in example.ids[:-1] if i in specials] == in_chat
@@ -74,7 +74,7 @@ def test_any_text_is_encoded_or_refused_with_a_reason(response, feedback):
     except Unusable as reason:
         assert str(reason) == "no reasoning"
     else:
-        assert example.ids[-2:] == [spec.label_ids[3], spec.eos_id]
+        assert example.ids[-2:] == [*spec.label_ids[3], spec.eos_id]
 
 
 @everywhere
@@ -99,7 +99,7 @@ def test_a_direct_sequence_teaches_the_label_and_the_end_alone(name):
     assert example.ids[:-2] == [*prompt_ids(RECORD, spec, vocabulary), *spec.marker_ids]
     batch = collate([example], pad_id=0)
     supervised = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX].tolist()
-    assert supervised == [spec.label_ids[3], spec.eos_id] and example.score_position == len(example.ids) - 2
+    assert supervised == [*spec.label_ids[3], spec.eos_id] and example.score_position == len(example.ids) - 2
 
 
 def many(count: int) -> list[Record]:
@@ -138,7 +138,8 @@ def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score,
     spec, vocabulary = load("spm")
     example = encode_record(replace(RECORD, score=score), spec, vocabulary)
     assert example.target == score
-    assert example.ids[example.score_position] == spec.label_ids[label]
+    assert example.ids[example.score_position :] == [*spec.label_ids[label], spec.eos_id]
+    assert (example.label, example.shares) == (label, {label: 1.0})
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def expected_ids(record: Record, spec, tokenizer) -> list[int]:
 @torch.inference_mode()
 def label_log_probabilities(model, ids, spec) -> np.ndarray:
     logits = model(torch.tensor([ids])).logits[0, -1].double()
-    return logits.log_softmax(-1)[list(spec.label_ids)].numpy()
+    return logits.log_softmax(-1)[[token for (token,) in spec.label_ids]].numpy()
 
 
 def check(judgements, model, tokenizer, spec) -> None:

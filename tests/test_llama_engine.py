@@ -18,6 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from tract_lite import rail
 from tract_lite.engines import llama as engine_module
 from tract_lite.engines.llama import LlamaEngine, default_parallel
 from tract_lite.engines.llama_cpp import cache_bytes, load_model, quiet_llama
@@ -78,6 +79,11 @@ def scores(answer) -> np.ndarray:
     return np.array([sample.label_log_probabilities for sample in answer])
 
 
+def label_tokens(spec: JudgeSpec) -> list[int]:
+    """The one token of each label."""
+    return [token for (token,) in spec.label_ids]
+
+
 def reference_logits(model, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([ids])).logits[0, -1]
@@ -92,7 +98,7 @@ def test_scores_are_those_of_transformers_for_the_same_reasonings(path, spec, re
         answers = dict(engine.run(tasks))
     for index, task in enumerate(tasks):
         ids = [*task.prompt, *task.reasonings[0], *spec.marker_ids]
-        expected = reference_logits(reference, ids).log_softmax(-1)[list(spec.label_ids)]
+        expected = reference_logits(reference, ids).log_softmax(-1)[label_tokens(spec)]
         [sample] = answers[index]
         assert sample.reasoning == task.reasonings[0] and not sample.truncated
         np.testing.assert_allclose(sample.label_log_probabilities, expected.numpy(), atol=1e-4)
@@ -291,7 +297,7 @@ def teach_topics(folder, spm) -> None:
         for _ in range(max(2, 2000 // length)):
             topic = rng.randrange(5)
             rows.append([*topic_prompt(rng, length, topic), *spec.marker_ids])
-            labels.append(spec.label_ids[topic if rng.random() < 0.5 else rng.randrange(5)])
+            labels.append(spec.label_ids[topic if rng.random() < 0.5 else rng.randrange(5)][0])
         logits = model(torch.tensor(rows), logits_to_keep=1).logits[:, -1]
         F.cross_entropy(logits, torch.tensor(labels)).backward()
         optimizer.step()
@@ -317,21 +323,21 @@ def long_tasks(trained):
         reasoning = [rng.randrange(3, 384) for _ in range(number)]
         tasks.append(Task(topic_prompt(rng, length, number % 5), [number], [reasoning]))
         row = reference_logits(model, [*tasks[-1].prompt, *reasoning, *spec.marker_ids])
-        logits.append(row[list(spec.label_ids)].numpy())
-        probabilities.append(row.softmax(-1)[list(spec.label_ids)].numpy())
+        logits.append(row[label_tokens(spec)].numpy())
+        probabilities.append(row.softmax(-1)[label_tokens(spec)].numpy())
     return tasks, np.array(logits), np.array(probabilities)
 
 
 @pytest.fixture
 def label_logits(monkeypatch):
     """The logits of the labels that an engine read its scores from, in that order."""
-    read, original = [], engine_module.label_log_probabilities
+    read, original = [], rail.label_log_probabilities
 
     def spy(logits, label_ids):
         read.append(np.array(logits)[list(label_ids)])
         return original(logits, label_ids)
 
-    monkeypatch.setattr(engine_module, "label_log_probabilities", spy)
+    monkeypatch.setattr(rail, "label_log_probabilities", spy)
     return read
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tract_lite import loss as loss_module
+from tract_lite.loss import projection
 from tract_lite.loss.cot_raft import IGNORE_INDEX, cot_raft_loss
 
 VALUES = (1.0, 2.0, 3.5, 5.0)
@@ -163,7 +163,7 @@ def test_a_vocabulary_of_several_blocks_gives_the_same(monkeypatch, head):
     batch = make_batch(dtype=torch.bfloat16)
     batch["lm_head_weight"] = batch["lm_head_weight"].to(head)
     whole = with_gradients(cot_raft_loss, batch)
-    monkeypatch.setattr(loss_module, "VOCABULARY_BLOCK", 7)
+    monkeypatch.setattr(projection, "VOCABULARY_BLOCK", 7)
     blocks = with_gradients(cot_raft_loss, batch)
     for ours, theirs in zip(blocks, whole):
         assert_close(ours, theirs, 1e-2)  # gradients are rounded to bfloat16 at the end
@@ -237,7 +237,7 @@ def test_frozen_hidden_states_leave_the_gradient_of_the_head():
 def test_chunks_change_nothing(monkeypatch, elements):
     batch = make_batch(scoreless=1)
     whole = with_gradients(cot_raft_loss, batch)
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(projection, "CHUNK_ELEMENTS", elements)
     chunked = with_gradients(cot_raft_loss, batch)
     for a, b in zip(chunked, whole):
         assert_close(a, b, 1e-12)

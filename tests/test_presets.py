@@ -166,5 +166,5 @@ def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:
 
 
 def test_every_option_is_a_field_of_the_preset_or_of_the_call() -> None:
-    of_call = {"preset", "out", "scratch", "train_only", "epochs", "direct_share"}
+    of_call = {"preset", "out", "scratch", "train_only", "epochs", "direct_share", "target"}
     assert {item.name for item in fields(RunOptions)} - of_call <= {item.name for item in fields(Preset)}

@@ -263,4 +263,4 @@ def test_a_marker_whose_first_token_is_its_space_alone_is_cut_whole(name):
     spec, vocabulary = load(name, marker="Ωmega ☃:")
     reasoning = vocabulary.encode("It names 4 steps.")
     assert vocabulary.decode(spec.marker_ids[:1]).strip() == ""
-    assert cut_reasoning([*reasoning, *spec.marker_ids, spec.label_ids[0]], spec, vocabulary) == (reasoning, True)
+    assert cut_reasoning([*reasoning, *spec.marker_ids, *spec.label_ids[0]], spec, vocabulary) == (reasoning, True)

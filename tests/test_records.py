@@ -190,7 +190,7 @@ def test_scores_are_numbers_or_absent(read, value, score):
     assert read([{"response": "r", "score": value}])[0].score == score
 
 
-@pytest.mark.parametrize("value", [True, False, "four", "4 by 5", float("inf"), "-inf", [4], {"value": 4}, 10**400])
+@pytest.mark.parametrize("value", [True, False, "four", "4 by 5", float("inf"), "-inf", [True], {"value": 4}, 10**400])
 def test_a_score_that_is_no_finite_number_is_a_bad_row(read, value):
     with pytest.raises(BadRows, match="line 1: score must be a finite number"):
         read([{"response": "r", "score": value}])
@@ -453,11 +453,11 @@ def test_a_hub_data_set_that_cannot_be_reached_is_an_error_with_words():
 
 
 def test_pairs_are_one_training_record_per_annotation():
-    pairs = (("low", 3.0), ("high", 4.0))
+    pairs = (Annotation("low", 3.0), Annotation("high", 4.0))
     item = Record(prompt="p", score=3.5, id="a", annotations=pairs, feedback_ids=(7, 8))
     low, high = item.pairs()
-    assert low == Record(prompt="p", score=3.0, feedback="low", id="a/0")
-    assert high == Record(prompt="p", score=4.0, feedback="high", id="a/1")
+    assert low == Record(prompt="p", score=3.0, feedback="low", id="a/0", gold_scores=(3.0, 4.0))
+    assert high == Record(prompt="p", score=4.0, feedback="high", id="a/1", gold_scores=(3.0, 4.0))
     assert low.pairs() == [low]
 
 

@@ -84,7 +84,7 @@ def make_served_judge(folder: Path, plain: Path) -> None:
         # One direction of the hidden states is nearly constant, and the logits read it.
         model.model.embed_tokens.weight[:, 0] = 100.0
         model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[list(spec.label_ids), 0] = 2.2
+        model.lm_head.weight[[token for (token,) in spec.label_ids], 0] = 2.2
         model.lm_head.weight[spec.marker_ids[0], 0] = 1.8
         model.lm_head.weight[spec.eos_id, 0] = 2.1
     model.save_pretrained(folder / "model")
@@ -201,7 +201,7 @@ class FakeServer:
         return (trouble, {"error": "out of order"}) if trouble else (200, self.answer(body))
 
     def answer(self, body):
-        top = [{"id": i, "logprob": math.log(0.19)} for i in self.local.spec.label_ids]
+        top = [{"id": i, "logprob": math.log(0.19)} for (i,) in self.local.spec.label_ids]
         return {
             "tokens": [],
             "stop_type": "eos",
@@ -389,7 +389,7 @@ def test_far_from_its_file_a_spec_is_asked_for(far_url, folder, path):
         assert engine.spec.marker == "is"
 
 
-@pytest.mark.parametrize("other", [{"label_ids": (40, 41, 42, 43, 44)}, {"marker": "was"}])
+@pytest.mark.parametrize("other", [{"label_ids": ((40,), (41,), (42,), (43,), (44,))}, {"marker": "was"}])
 def test_the_spec_of_another_judge_is_refused(far_url, local, other):
     with pytest.raises(ValueError, match="does not run the judge of this spec"):
         ServerEngine(far_url, spec=replace(local.spec, **other))

@@ -151,7 +151,7 @@ def test_the_logged_loss_of_a_step_is_that_of_its_whole_batch(seed_model, tmp_pa
             lm_head_weight(model),
             batch["labels"],
             batch["score_positions"],
-            torch.tensor(spec.label_ids),
+            torch.tensor([token for (token,) in spec.label_ids]),
             torch.tensor(spec.scale.values),
             batch["targets"],
             raft_weight=2.0,

@@ -159,7 +159,7 @@ def test_given_reasonings_are_read_and_not_sampled(model, tokenizer, spec):
         for reasoning, sample in zip(task.reasonings, samples, strict=True):
             with torch.no_grad():
                 ids = torch.tensor([[*task.prompt, *reasoning, *spec.marker_ids]])
-                expected = model(ids).logits[0, -1].double().log_softmax(-1)[list(spec.label_ids)]
+                expected = model(ids).logits[0, -1].double().log_softmax(-1)[[token for (token,) in spec.label_ids]]
             assert sample.reasoning == reasoning and not sample.truncated
             np.testing.assert_allclose(sample.label_log_probabilities, expected, atol=1e-4)
 

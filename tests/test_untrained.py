@@ -189,7 +189,7 @@ def test_scale_template_and_chat_format_may_be_chosen(instruct: Path, tmp_path: 
     ("arguments", "fault"),
     [
         (["--scale", "5"], "the scale '5' can't be read"),
-        (["--scale", "1-100"], "each label must be one token of its own"),
+        (["--scale", "1-2000"], "a scale of 2,000 labels: 1,001 at most; take a wider step"),
         (["--template", "nowhere.jinja"], "the template nowhere.jinja can't be read"),
         (["--chat", "nowhere.jinja"], "the template nowhere.jinja can't be read"),
         (

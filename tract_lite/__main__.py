@@ -26,6 +26,7 @@ from tract_lite.options import (
 from tract_lite.presets import TrainOptions, preset_for
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
+from tract_lite.training.settings import ADAPTER
 from tract_lite.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ def train(args: argparse.Namespace) -> None:
     if not preset.seed_model:
         raise ValueError("name the model to train with --seed-model, a folder or a hub id")
     how: dict[str, Any] = {"scale": preset.scale, **how_to_read(options)}
-    training = _training_records(args.data, **how)[: preset.max_items]
+    training = _training_records(args.data, **how)
     validation = _training_records(options.validation, **how) if options.validation else []
+    preset, training = preset.on([*training, *validation]), training[: preset.max_items]
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
     estimate_run(training, preset.training, parallel=None, validation=validation, **seed)
     print(train_adapter(training, args.output, settings=preset.training, validation=validation, **seed))
@@ -60,7 +62,9 @@ def reason(args: argparse.Namespace) -> None:
 
     logging.getLogger("tract_lite").setLevel(logging.INFO)
     options = options_from(ReasonOptions, args)
-    records = _training_records(args.data, **how_to_read(options))
+    inside = args.adapter_dir / ADAPTER
+    spec = JudgeSpec.load(inside if inside.is_dir() else args.adapter_dir)
+    records = _training_records(args.data, scale=spec.units or spec.scale, **how_to_read(options))
     with reasoning_judge(args.adapter_dir, records=records, parallel=options.parallel) as judge:
         kept, rejected = generate_cots(judge, records, args.output, options.seed)
     print(f"{args.output}: {len(kept)} reasonings, {rejected.total()} rejected {dict(rejected) or ''}".rstrip())
@@ -121,7 +125,7 @@ def gate(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Print how well judgements agree with their gold scores."""
     from tract_lite.data.table import read_judged
-    from tract_lite.metrics import evaluate, format_table
+    from tract_lite.metrics import NORMALISED, ends_of, evaluate, format_table
 
     if not args.output.exists():
         raise FileNotFoundError(f"no file {args.output}")
@@ -129,13 +133,18 @@ def evaluate(args: argparse.Namespace) -> None:
     measured = [row for row in rows if row.get("gold") is not None]
     if not measured:
         raise ValueError(f"none of the {len(rows)} rows of {args.output} has a gold score")
-    values = [value for row in rows for value in (row.get("values") or {}).values()]
-    ends = (min(values), max(values)) if values else None
+    found = [ends_of(row.get("values")) for row in measured]
+    # An item that was not judged may say nothing of its scale.
+    several = sorted(set(filter(None, [*found, *(ends_of(row.get("values")) for row in rows)])))
+    ends = found if len(several) > 1 else several[0] if several else None
     figures = evaluate([row.get("score") for row in measured], [row["gold"] for row in measured], ends)
     print(format_table({args.output.stem: figures}))
-    if ends and figures["off_scale"]:
+    if figures.get("off_scale"):
         off = f"{figures['off_scale']} of {len(measured)} gold scores are outside the judge's scale"
-        logger.warning("%s (%g to %g): without one unit, rmse and mae mean nothing", off, *ends)
+        shown = ", ".join(f"{low:g} to {high:g}" for low, high in several)
+        logger.warning("%s (%s): without one unit, rmse and mae mean nothing", off, shown)
+    if figures.get("scales"):
+        print(NORMALISED.format(figures["scales"]))
     gold = f"{len(measured)} items with a gold score, {figures['count']} of them with a judgement"
     print(f"{gold}; {len(rows) - len(measured)} without a gold score are left out")
 

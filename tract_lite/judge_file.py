@@ -14,13 +14,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tract_lite.data.records import Table, how_to_read, read_table
 from tract_lite.data.resume import ResumableRows, name_of, row_of
-from tract_lite.data.table import check_table, write_table
+from tract_lite.data.scales import DEFAULT_SCALE, named_scale, propose_scale
+from tract_lite.data.table import check_table, scales_in, write_table
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
-from tract_lite.metrics import choose_gate, evaluate, format_table, tokens_of
+from tract_lite.metrics import NORMALISED, choose_gate, ends_of, evaluate, format_table, tokens_of
 from tract_lite.options import AskOptions, GateOptions, JudgeOptions, flag_of
 from tract_lite.record import Record
-from tract_lite.scale import ScoreScale
 from tract_lite.spec import read_template, read_template_text
 from tract_lite.version import __version__
 
@@ -42,7 +42,7 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     records, given = _read(model, source, options)
     missing = sum(not rows.has(record) for record in records)
     failures, reasoned = [], 0
-    with _open(model, options) as judge:
+    with _open(model, options, records) as judge:
         judge.engine.shape["tract_lite"] = __version__
         judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate, resume=rows)
         for judgement in _with_progress(judged, len(records), len(records) - missing):
@@ -50,7 +50,7 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
             reasoned += bool(judgement.feedback)
         if output != rows.path:
             names = list(map(name_of, records))
-            write_table(output, rows.rows(names), judge.spec.scale.labels, dict(zip(names, given)))
+            write_table(output, rows.rows(names), scales_in(rows.rows(names)), dict(zip(names, given)))
     _check_failures(failures, records)
     first = f"; the first failure: {failures[0]}" if failures else ""
     there = len(records) - missing
@@ -66,7 +66,7 @@ def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[
     _check(model, options)
     records = _read(model, source, options).records
     failures = []
-    with _open(model, options) as judge:
+    with _open(model, options, records) as judge:
         judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate)
         for record, judgement in zip(records, _with_progress(judged, len(records), 0)):
             failures += [judgement.error] if judgement.error else []
@@ -84,7 +84,7 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
         raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
     samples = max(options.n_cot, 1)
     at_once = min(options.parallel or samples, samples)
-    with _open(model, options, parallel=at_once) as judge:
+    with _open(model, options, records, parallel=at_once) as judge:
         [judgement] = judge.score_many([record], options.n_cot, options.seed, gate=options.gate)
     return record, judgement
 
@@ -103,7 +103,7 @@ def find_gate(model: str, source: str, options: GateOptions) -> str:
         # What measures them is missed before all items are judged, and not after.
         import scipy  # noqa: F401
     ways = []
-    with _open(model, options) as judge:
+    with _open(model, options, records) as judge:
         for n_cot in (0, options.n_cot):
             judged = judge.score_many(records, n_cot, options.seed)
             ways.append(list(_with_progress(judged, len(records), 0)))
@@ -125,8 +125,12 @@ def _costs(rows: Mapping[str, Sequence[Judgement]], records: Sequence[Record]) -
         table[name] = {"reasoned": fmean(bool(judgement.feedback) for judgement in judged)}
         table[name] |= {"tokens": sum(map(tokens_of, judged)) / most}
         if golds:
-            table[name] |= evaluate([judged[place].score for place in golds], list(golds.values()))
-    return format_table(table, ["reasoned", "tokens", *(["pearson", "rmse"] if golds else [])])
+            ends = [ends_of(judged[place].values) for place in golds]
+            several = ends if len({*ends}) > 1 else None
+            table[name] |= evaluate([judged[place].score for place in golds], list(golds.values()), several)
+    notes = {NORMALISED.format(row["scales"]) for row in table.values() if "scales" in row}
+    shown = format_table(table, ["reasoned", "tokens", *(["pearson", "rmse"] if golds else [])])
+    return "\n".join([shown, *notes])
 
 
 def _read(model: str, source: str, options: AskOptions) -> Table:
@@ -134,10 +138,9 @@ def _read(model: str, source: str, options: AskOptions) -> Table:
     scale = None
     if options.spec or not (_is_server(model) or options.adapter):
         from tract_lite.engines.llama_cpp import spec_at
-        from tract_lite.engines.untrained import DEFAULT_SCALE
 
         spec = spec_at(options.spec or model)
-        scale = spec.scale if spec else _asked(options).get("scale", DEFAULT_SCALE)
+        scale = (spec.units or spec.scale) if spec else named_scale(options.scale or str(DEFAULT_SCALE))
     return read_table(source, scale=scale, gold_needed=False, **how_to_read(options))
 
 
@@ -204,7 +207,7 @@ def _check(model: str, options: AskOptions) -> None:
             check_runs(file, -1 if options.gpu_layers is None else options.gpu_layers)
 
 
-def _open(model: str, options: AskOptions, **changed: Any) -> Judge:
+def _open(model: str, options: AskOptions, records: Sequence[Record], **changed: Any) -> Judge:
     group = "server" if _is_server(model) else "file"
     names = [item.name for item in fields(options) if item.metadata["group"] == group or item.name == "parallel"]
     chosen = {name: getattr(options, name) for name in names} | changed
@@ -212,15 +215,15 @@ def _open(model: str, options: AskOptions, **changed: Any) -> Judge:
     if _is_server(model):
         name = given.pop("server_model", None)
         given["api_key"] = os.environ.get(API_KEY)
-        return Judge.from_server(model, name, options.spec, **_asked(options), **given)
-    return Judge.from_gguf(model, options.spec, **_asked(options), **given)
+        return Judge.from_server(model, name, options.spec, **_asked(options, records), **given)
+    return Judge.from_gguf(model, options.spec, **_asked(options, records), **given)
 
 
-def _asked(options: AskOptions) -> dict[str, Any]:
+def _asked(options: AskOptions, records: Sequence[Record]) -> dict[str, Any]:
     """How a model without a judge spec is asked. Raises ValueError: a scale or a file is none."""
     asked: dict[str, Any] = {}
     if options.scale:
-        asked["scale"] = ScoreScale.parse(options.scale)
+        asked["scale"] = named_scale(options.scale) or propose_scale(records)
     if options.template:
         asked["template"] = read_template(options.template)
     if options.chat:

@@ -21,10 +21,14 @@ WITH_INTERVAL = ("pearson", "spearman", "rmse", "mae")
 # What says something only where predictions and golds are on one scale.
 IN_UNITS = ("rmse", "mae", "qwk")
 COLUMNS = ("pearson", "spearman", "kendall", "rmse", "mae", "coverage")
+NORMALISED = "the items are on {} scales: each score counts by its place on its own, from 0 to 1"
+
+# The lowest and the highest score of a scale.
+Ends = tuple[float, float]
 
 
 def evaluate(
-    predictions: Sequence[float | None], golds: Sequence[float], ends: tuple[float, float] | None = None
+    predictions: Sequence[float | None], golds: Sequence[float], ends: Ends | Sequence[Ends | None] | None = None
 ) -> dict[str, Any]:
     """Measure how well predictions agree with gold scores; rmse and mae in units of the score.
 
@@ -35,18 +39,29 @@ def evaluate(
 
     `ends` are the lowest and highest score of the judge: with a gold score outside of them, what
     subtracts one from the other (rmse, mae, qwk) means nothing and is NaN; `off_scale` counts them.
-    Raises ValueError: no items, lengths that differ, or a gold score that is not finite.
+    They may also be given for each item (None: unknown). If these differ, all figures are of scores
+    from 0 to 1, each by its place on the item's scale: `scales` counts these, and qwk is NaN.
+    Raises ValueError: no items, lengths that differ, a gold score that is not finite, or, of items
+        on several scales, a judged one whose ends are unknown.
     """
     gold, predicted = _paired(golds, predictions)
-    off_scale = {"off_scale": int(((gold < ends[0]) | (gold > ends[1])).sum())} if ends else {}
     used = np.isfinite(predicted)
+    off_scale: dict[str, int] = {}
+    if ends:
+        low, high, count = _each_ends(ends, used)
+        off_scale = {"off_scale": int(((gold < low) | (gold > high)).sum())}
+        if count > 1:
+            off_scale["scales"] = count
+            predicted, gold = (predicted - low) / (high - low), (gold - low) / (high - low)
     predicted, gold = predicted[used], gold[used]
     with warnings.catch_warnings():
         # NaN already says that a figure is undefined.
         warnings.simplefilter("ignore", RuntimeWarning)
         figures = {name: float(figure(predicted, gold)) for name, figure in _FIGURES.items()}
     intervals = _bootstrap(lambda figure, i: figure(predicted[i], gold[i]), gold.size)
-    if any(off_scale.values()):
+    if off_scale.get("scales"):
+        figures["qwk"] = math.nan
+    if off_scale.get("off_scale"):
         figures |= dict.fromkeys(IN_UNITS, math.nan)
         intervals |= {name: (math.nan, math.nan) for name in IN_UNITS if name in intervals}
     counts = {"coverage": float(used.mean()), "count": int(used.sum()), **off_scale}
@@ -69,7 +84,12 @@ def compare_judges(
     if not both.any():
         raise ValueError("there is no item that both judges have judged")
     a, b, gold = a[both], b[both], gold[both]
-    figures = {"a": evaluate(a, gold), "b": evaluate(b, gold)}
+    ends = [ends_of(getattr(judged_a[place], "values", None)) for place in np.flatnonzero(both).tolist()]
+    several = ends if None not in ends and len(set(ends)) > 1 else None
+    figures = {"a": evaluate(a, gold, several), "b": evaluate(b, gold, several)}
+    if several:
+        low, high, _ = _each_ends(several, np.isfinite(gold))
+        a, b, gold = ((scores - low) / (high - low) for scores in (a, b, gold))
     differences = {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL}
     intervals = _bootstrap(lambda figure, i: figure(a[i], gold[i]) - figure(b[i], gold[i]), gold.size)
     return {"count": int(both.sum()), "differences": differences, "intervals": intervals, **figures}
@@ -96,6 +116,31 @@ def choose_gate(direct: Sequence[Judgement], reasoned: Sequence[Judgement] | Non
         if left < 0:
             return doubt
     return 0.0
+
+
+def ends_of(values: Mapping[str, float] | None) -> Ends | None:
+    """The lowest and the highest of the labels' values, None where there are none."""
+    return (min(values.values()), max(values.values())) if values else None
+
+
+def _each_ends(ends: Ends | Sequence[Ends | None], used: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The lowest and highest score of each item, NaN where unknown, and how many such pairs differ.
+    Raises ValueError: one of several is unknown for an item that is used, or they don't pair up.
+    """
+    each: list[Any] = list(ends)
+    if all(map(np.isscalar, each)):
+        each = [tuple(each)] * used.size
+    known = set(filter(None, each))
+    if len(known) == 1:
+        each = [*known] * used.size
+    if len(each) != used.size:
+        raise ValueError(f"ends must be of one scale or of each item, got {len(each)} for {used.size} items")
+    unknown = [place for place, one in enumerate(each) if one is None and used[place]]
+    if known and unknown:
+        fault = f"{len(unknown)} judged items don't say on which of {len(known)} scales they are"
+        raise ValueError(f"{fault}\ngive the `values` of each, as `judge` writes them")
+    low, high = np.array([one or (math.nan, math.nan) for one in each]).T
+    return low, high, len(known)
 
 
 def tokens_of(judgement: Judgement) -> int:

@@ -84,7 +84,11 @@ class AskOptions(DataOptions):
     seed: int = option(0, "seed of the sampling")
     parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
     spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
-    scale: str | None = option(None, "lowest and highest score (1-5), or label=value pairs", group="untrained")
+    scale: str | None = option(
+        None,
+        "of items without their own: 1-5, 0-5:0.5, bad=0,good=1, or auto: as they propose (1-5)",
+        group="untrained",
+    )
     template: str | None = option(None, "file of the prompt's Jinja template", group="untrained", metavar="FILE")
     chat: str | None = option(None, "file of a chat template (the model's own)", group="untrained", metavar="FILE")
     adapter: str | None = option(None, "a judge's adapter (GGUF) on top of MODEL", group="file")

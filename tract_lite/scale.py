@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
+from itertools import pairwise
 from os.path import commonprefix
 from typing import Iterable, Sequence
 
@@ -57,10 +58,11 @@ class ScoreScale:
         Raises ValueError: no such numbers, or the steps do not end at `high`.
         """
         first, last, width = (Decimal(str(number)) for number in (low, high, step))
-        if not (first.is_finite() and last.is_finite() and first < last and width > 0 and (last - first) % width == 0):
-            raise ValueError(f"no steps of {step} lead from {low} up to {high}")
-        if (count := int((last - first) / width) + 1) > MOST_LABELS:
+        leads_up = first.is_finite() and last.is_finite() and width.is_finite() and first < last and width > 0
+        if leads_up and (count := int((last - first) / width) + 1) > MOST_LABELS:
             raise ValueError(f"a scale of {count:,} labels: {MOST_LABELS:,} at most\ntake a wider step")
+        if not leads_up or (last - first) % width:
+            raise ValueError(f"no steps of {step} lead from {low} up to {high}")
         labels = tuple(_plain(first + place * width) for place in range(count))
         return cls(labels, tuple(map(float, labels)))
 
@@ -73,7 +75,8 @@ class ScoreScale:
         if "=" in text:
             return cls._of_labels(text)
         number = r"\s*([+-]?\d+(?:\.\d+)?)\s*"
-        ends = re.fullmatch(rf"{number}-{number}(?::{number})?", text)
+        # Spreadsheets write longer dashes and minus signs.
+        ends = re.fullmatch(rf"{number}-{number}(?::{number})?", re.sub("[\u2212\u2013]", "-", text))
         try:
             if ends:
                 return cls.steps(ends[1], ends[2], ends[3] or 1)
@@ -91,25 +94,40 @@ class ScoreScale:
             raise ValueError(f"the scale {text!r} can't be read: give label=value, with commas ({error})") from error
 
     @classmethod
-    def proposed(cls, golds: Iterable[float]) -> "ScoreScale":
-        """A usual scale that holds all these gold scores, or else whole or wider steps over them.
+    def proposed(cls, golds: Iterable[float], described: Iterable[str] = ()) -> "ScoreScale":
+        """The scale that gold scores were given on, as far as they and rubrics tell.
 
-        Scores between two labels are no fault: training takes their value.
-        Raises ValueError: there is no gold score.
+        It is that of the labels which rubrics describe, where these are numbers and all scores lie
+        between them; or else a usual one, or whole or wider steps, that holds all scores. Scores
+        between two labels are no fault: training takes their value.
+        Raises ValueError: there is neither a gold score nor a described number.
         """
-        found = [float(gold) for gold in golds]
+        found, numbers = [float(gold) for gold in golds], _numbers(described)
+        if numbers and all(numbers[0] <= gold <= numbers[-1] for gold in found):
+            step = min(after - before for before, after in pairwise(numbers))
+            is_even = all((number - numbers[0]) % step == 0 for number in numbers)
+            are_steps = all((Decimal(repr(gold)) - numbers[0]) % step == 0 for gold in found)
+            # Between described ends, or in wide steps, there may be labels that nobody describes.
+            if is_even and sum((are_steps, len(numbers) > 2, step <= 1)) > 1:
+                return cls.steps(str(numbers[0]), str(numbers[-1]), str(step))
+            return cls._over([*found, float(numbers[0]), float(numbers[-1])])
         if not found:
             raise ValueError("no gold scores to propose a scale from: --scale names one")
-        low, high = min(found), max(found)
-        are_whole = all(gold.is_integer() for gold in found)
         for scale in map(cls.parse, USUAL_SCALES):
-            # Fractions from 0 to 1 are a share, for which two labels say little.
-            if scale.contains(low) and scale.contains(high):
-                return cls.steps(0, 1, "0.1") if scale.values == (0, 1) and not are_whole else scale
+            if scale.contains(min(found)) and scale.contains(max(found)):
+                return cls._over(found) if scale.values == (0, 1) else scale
+        return cls._over(found)
+
+    @classmethod
+    def _over(cls, found: Sequence[float]) -> "ScoreScale":
+        """Whole or wider steps over numbers; tenths, where some are fractions from 0 to 1."""
+        low, high = min(found), max(found)
+        if 0 <= low and high <= 1:
+            # Such fractions are a share, for which two labels say little.
+            return cls.steps(0, 1, 1 if all(number.is_integer() for number in found) else "0.1")
         step = 10 ** max(0, math.ceil(math.log10(max(high - low, 1) / 10)))
-        return cls.steps(
-            math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step, step
-        )
+        start = math.floor(low / step)
+        return cls.steps(start * step, max(math.ceil(high / step), start + 1) * step, step)
 
     def remapped(self, onto: "ScoreScale") -> "ScoreScale":
         """The labels of another scale, with values spread linearly over this one's range.
@@ -129,7 +147,7 @@ class ScoreScale:
                 return text
         except (InvalidOperation, ValueError):
             pass
-        return ",".join(f"{label}={value:.15g}" for label, value in zip(self.labels, self.values))
+        return ",".join(f"{label}={str(value).removesuffix('.0')}" for label, value in zip(self.labels, self.values))
 
     @property
     def named(self) -> str:
@@ -161,6 +179,15 @@ class ScoreScale:
             return {below: 1.0}
         share = (score - self.values[below]) / (self.values[above] - self.values[below])
         return {below: 1 - share, above: share}
+
+
+def _numbers(labels: Iterable[str]) -> list[Decimal]:
+    """Two or more labels as numbers, in order; none where one of them is a word."""
+    try:
+        numbers = sorted({Decimal(label) for label in labels})
+    except InvalidOperation:
+        return []
+    return numbers if len(numbers) > 1 and all(number.is_finite() for number in numbers) else []
 
 
 def _plain(number: Decimal) -> str:

@@ -20,6 +20,8 @@ ALIASES = {
     "reference": "reference reference_answer reference_response reference_output expected_output expected_answer "
     "expected ground_truth gold_answer gold_response ideal ideal_answer correct_answer target",
     "score": "score rating gold_score human_score human_rating overall_score overall_rating grade stars",
+    "scale": "scale score_scale rating_scale",
+    "gold_scores": "gold_scores human_scores annotator_scores",
     "feedback": "feedback reasoning rationale explanation justification critique comment comments annotator_comment",
     "prompt": "prompt",
     "messages": "messages conversation conversations dialogue dialog chat",
@@ -175,7 +177,7 @@ class Columns:
         found = {field: [(0, name)] for field, name in taken.items()}
         chosen = self.given.keys() & {"response", "prompt", "instruction", "score", "feedback"}
         if BENCHMARK <= set(names) and "response" not in names and not chosen:
-            read = {"prompt": "instruction", "id": "id", **{name: name for name in sorted(BENCHMARK)}}
+            read = {"prompt": "instruction", "id": "id", "scale": "scale", **{name: name for name in sorted(BENCHMARK)}}
             return {field: [(0, name)] for field, name in read.items() if name in names} | found
         collection = "orig_response" in names
         for name in names:

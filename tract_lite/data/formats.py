@@ -8,8 +8,9 @@ from typing import Any, Mapping
 
 from tract_lite.data.columns import BENCHMARK, Columns, Fields, flat, listed, may_be_response
 from tract_lite.data.conversations import joined, looks_like_turns, read_turns, split_turns
-from tract_lite.data.rubrics import parse_rubric, text_of
-from tract_lite.data.scores import parse_score
+from tract_lite.data.rubrics import parse_rubric, rubric_scale, text_of
+from tract_lite.data.scales import read_scale, scale_cell
+from tract_lite.data.scores import parse_score, parse_scores
 from tract_lite.record import Annotation, Record, Rubric
 from tract_lite.scale import ScoreScale
 
@@ -22,7 +23,8 @@ def record_to_row(record: Record) -> dict[str, Any]:
 
     Of a record with a ready prompt, texts that are not asked are left out.
     """
-    row = asdict(replace(record, annotations=()))
+    row = asdict(replace(record, annotations=(), scale=None))
+    row["scale"] = record.scale and scale_cell(record.scale)
     unasked = () if record.prompt is None else ("instruction", "response", "rubric", "reference")
     return {k: v for k, v in row.items() if k not in unasked and (v not in (None, "", ()) or k == "response")}
 
@@ -36,7 +38,8 @@ def to_record(
 ) -> Record:
     """The record of a row, without an id where the row has none; `rubric` in place of its own.
 
-    What is wrong with its gold score is added to `unread_golds`, if given.
+    Gold scores are read as the row's own scale has them, or else as `scale` does. What is wrong
+    with its gold score is added to `unread_golds`, if given.
     Raises ValueError: what is wrong with the row.
     """
     if isinstance(row, ValueError):
@@ -45,22 +48,21 @@ def to_record(
         raise ValueError(f"a row must have named columns, got {shorten(row)}")
     row = flat(row)
     fields, parts = columns.fields(row), list[str]()
+    own = _own_scale(fields, with_rubric=rubric is None)
     if all(name in fields for name in BENCHMARK):
-        record = _from_benchmark(fields, scale)
+        record = _from_benchmark(fields, own or scale)
     else:
         record = _asked(row, fields, columns, parts)
         if record.prompt is None:
             reference = _text(fields, "reference")
             record = replace(record, rubric=rubric or _rubric(fields, parts), reference=reference)
+        score, golds = _scores(fields, own or scale, unread_golds)
         record = replace(
-            record,
-            score=_score(fields, scale, unread_golds),
-            feedback=_feedback(row, fields),
-            feedback_ids=_feedback_ids(fields),
+            record, score=score, gold_scores=golds, feedback=_feedback(row, fields), feedback_ids=_feedback_ids(fields)
         )
     if rubric and record.prompt is not None:
         raise ValueError("a ready prompt is asked as it stands: --criteria or --rubric would not be asked")
-    record = replace(record, id=_text(fields, "id"))
+    record = replace(record, id=_text(fields, "id"), scale=own)
     columns.count(row, fields, parts)
     return record
 
@@ -171,14 +173,32 @@ def _add(descriptions: dict[str, str], more: Mapping[str, str]) -> None:
     descriptions |= more
 
 
-def _score(fields: Fields, scale: ScoreScale | None, unread_golds: list[str] | None) -> float | None:
+def _own_scale(fields: Fields, with_rubric: bool) -> ScoreScale | None:
+    """The scale that a row names, in a column or in its rubric.
+    Raises ValueError: it can't be read, or there are two.
+    """
+    named = [read_scale(fields.take("scale"))]
+    if with_rubric:
+        named += [read_scale(rubric_scale(fields.cell(name))) for name in ("rubric", "criteria")]
+    found = list(dict.fromkeys(scale for scale in named if scale is not None))
+    if len(found) > 1:
+        raise ValueError(f"two scales, {found[0]} and {found[1]}: --columns scale= leaves the column out")
+    return found[0] if found else None
+
+
+def _scores(
+    fields: Fields, scale: ScoreScale | None, unread_golds: list[str] | None
+) -> tuple[float | None, tuple[float, ...]]:
+    """The gold score, the mean of several, and these."""
     try:
-        return parse_score(fields.take("score"), scale)
+        given, several = (parse_scores(fields.take(name), scale) for name in ("score", "gold_scores"))
     except ValueError as error:
         if unread_golds is None:
             raise
         unread_golds.append(str(error))
-        return None
+        return None, ()
+    several = several or (given if len(given) > 1 else ())
+    return (fmean(given or several) if given or several else None), several
 
 
 def _feedback(row: Mapping[str, Any], fields: Fields) -> str | None:

@@ -13,6 +13,7 @@ from tract_lite.data.files import read_rows
 from tract_lite.data.formats import record_to_row, to_record
 from tract_lite.data.jsonl import write_rows
 from tract_lite.data.rubrics import read_rubric
+from tract_lite.data.scales import golds_of
 from tract_lite.record import Record, Rubric, digest
 from tract_lite.scale import ScoreScale
 
@@ -42,9 +43,9 @@ class Options(TypedDict, total=False):
     """How rows are read. `columns`: fields and the columns that fill them ("" for none), where
     their names don't tell. `rubric`: one for all rows, in place of their own.
 
-    `scale`: a score outside of it is bad. `gold_needed=False`: a score that can't be read is left
-    out, and counted in a warning. `skip_bad`: bad rows are left out, counted in a warning, and
-    appended to `rejected`.
+    `scale`: a score outside of it, or of the row's own, is bad. `gold_needed=False`: a score that
+    can't be read is left out, and counted in a warning. `skip_bad`: bad rows are left out, counted
+    in a warning, and appended to `rejected`.
     """
 
     scale: ScoreScale | None
@@ -144,9 +145,10 @@ def _to_table(source: str, rows: Iterable[tuple[str, Any]], **options: Unpack[Op
             continue
         try:
             record = to_record(row, columns, scale, options.get("rubric"), None if gold_needed else golds)
-            _check_scores(record, scale if gold_needed else None)
+            if gold_needed:
+                _check_scores(record, scale)
         except ValueError as error:
-            bad.append((place, str(error)))
+            bad.append((place, "; ".join(str(error).splitlines())))
             continue
         records.append(record)
         kept.append(row)
@@ -178,10 +180,13 @@ def _is_empty(row: Mapping[str, Any]) -> bool:
 
 
 def _check_scores(record: Record, scale: ScoreScale | None) -> None:
-    """Raises ValueError: a gold score is outside the scale."""
-    for score in (record.score, *(annotation.score for annotation in record.annotations)):
-        if scale and score is not None and not scale.contains(score):
-            raise ValueError(f"score {score:g} is outside the scale {scale}: --scale names another")
+    """Raises ValueError: a gold score is outside the record's scale, or else outside `scale`."""
+    where = f"the scale {scale}: --scale names another"
+    if record.scale is not None:
+        scale, where = record.scale, f"the item's scale {record.scale}"
+    for score in golds_of(record):
+        if scale and not scale.contains(score):
+            raise ValueError(f"score {score:g} is outside {where}")
 
 
 def with_own_ids(records: Sequence[Record], positions: Sequence[int] | None = None) -> list[Record]:

@@ -16,6 +16,7 @@ CRITERIA = (
     *("question", "description"),
 )
 _LEVELS = ("descriptions", "levels", "scores", "score_descriptions")
+_SCALE = "scale"
 _LABEL, _TEXT = ("score", "label", "level", "value"), ("description", "text", "meaning")
 # A column of the whole row must say what it is; inside a rubric a bare "1" or "score_1" does.
 _DESCRIBES = r"(?:\w+\.)?(?:score[ _-]*(.+?)[ _-]+description|descriptions?[ _.-]+(.+))"
@@ -46,6 +47,8 @@ def read_rubric(path: str | Path) -> Rubric:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: save the rubric as JSON or as plain text") from error
     rubric, unread = parse_rubric(text)
+    if rubric_scale(text) is not None:
+        raise ValueError(f"{path} has a scale, and is for all rows\nleave it out there, and give it as --scale")
     if unread:
         known = "criteria and descriptions, which maps labels to texts"
         raise ValueError(f"{path} has keys that no rubric has: {', '.join(unread)}; a rubric has {known}")
@@ -55,7 +58,8 @@ def read_rubric(path: str | Path) -> Rubric:
 
 
 def parse_rubric(value: Any) -> tuple[Rubric | None, list[str]]:
-    """The rubric that a cell holds, None for a blank one, and the keys of it that were not read.
+    """The rubric that a cell holds, None for a blank one, and the keys of it that were not read;
+    its scale is that of `rubric_scale`.
     Raises ValueError: it looks like an object and can't be read as one, or holds other things.
     """
     if isinstance(value, str) and _OBJECT.match(value):
@@ -79,7 +83,7 @@ def parse_rubric(value: Any) -> tuple[Rubric | None, list[str]]:
         elif label := described_label(key, inside=True):
             found = {label: text_of(cell, f"the description of {label}") or ""}
         elif key != chosen:
-            unread.append(key)
+            unread += [key] if plain[key] != _SCALE else []
             continue
         else:
             continue
@@ -89,6 +93,18 @@ def parse_rubric(value: Any) -> tuple[Rubric | None, list[str]]:
     if not criteria and not descriptions and unread:
         raise ValueError(f"the rubric has neither criteria nor descriptions; its keys: {', '.join(content)}")
     return (Rubric(criteria, descriptions) if criteria or descriptions else None), unread
+
+
+def rubric_scale(value: Any) -> Any:
+    """What a rubric object, or one inside it, has as its own scale; None where it has none.
+    Raises ValueError: it looks like an object and can't be read as one.
+    """
+    if isinstance(value, str):
+        value = parse_object(value) if _OBJECT.match(value) and _SCALE in value.lower() else None
+    if not isinstance(value, Mapping):
+        return None
+    found = next((cell for key, cell in value.items() if str(key).strip().lower() == _SCALE), None)
+    return rubric_scale(value["rubric"]) if found is None and list(value) == ["rubric"] else found
 
 
 def text_of(value: Any, name: str) -> str | None:

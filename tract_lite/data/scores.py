@@ -7,6 +7,7 @@ from decimal import Decimal
 from reprlib import repr as shorten
 from typing import Any
 
+from tract_lite.data.rubrics import parse_object
 from tract_lite.scale import ScoreScale
 
 # What stands where nobody gave a score, without its blanks, dots and dashes.
@@ -45,6 +46,16 @@ def parse_score(value: Any, scale: ScoreScale | None = None) -> float | None:
     is_word = re.search(r"[^\W\d_]{2}", text) and "inf" not in text.lower()
     advice = '; words are read where they are labels, as with --scale "bad=1,good=2"' if is_word else ""
     raise ValueError(f"score must be a finite number, got {shorten(value)}{advice}")
+
+
+def parse_scores(value: Any, scale: ScoreScale | None = None) -> tuple[float, ...]:
+    """The numbers of a list, perhaps as JSON, of several annotators' scores, or of a single score.
+    Raises ValueError: as `parse_score`.
+    """
+    if isinstance(value, str) and re.match(r"\s*\[.*\]\s*$", value, re.DOTALL):
+        value = parse_object(value)
+    cells = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(score for cell in cells if (score := parse_score(cell, scale)) is not None)
 
 
 def _label_value(text: str, scale: ScoreScale | None) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Sequence
 
 from tract_lite.data.records import read_records, split_records, with_own_ids
+from tract_lite.data.scales import propose_scale
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 
@@ -19,19 +20,31 @@ VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 20
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a run's data, no prompt in two of them, and counts of what was left out."""
+    """The parts of a run's data, no prompt in two of them, and counts of what was left out; with
+    these, the scale that was proposed, if none was named.
+    """
 
     training: list[Record]
     validation: list[Record]
     held_out: list[Record]
     counts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def scale(self) -> ScoreScale | None:
+        """The scale that the data have proposed."""
+        return ScoreScale.parse(self.counts["scale"]) if "scale" in self.counts else None
+
+    @property
+    def records(self) -> list[Record]:
+        """Those of all parts."""
+        return [*self.training, *self.validation, *self.held_out]
+
 
 def read_splits(
     data: str,
     held_out: str | None = None,
     *,
-    scale: ScoreScale,
+    scale: ScoreScale | None,
     max_items: int,
     max_held_out: int,
     max_validation: int,
@@ -42,16 +55,17 @@ def read_splits(
 
     An item of several annotators gives one training record each; held out, it is one item with
     their mean score. A twentieth of the training records, unless fewer than 20, is for validation.
-    `reading` and `split`, that of the data, are options of `read_records`.
+    Without a `scale`, one is proposed from all gold scores. `reading` and `split`, that of the
+    data, are options of `read_records`.
     Raises ValueError: unusable rows, or too few items with a score.
     """
     rejected: list[str] = []
     reading |= {"scale": scale, "rejected": rejected}
     items = read_records(data, split=split, **reading)
-    scored = [item for item in items if item.score is not None]
+    scored, measured = [item for item in items if item.score is not None], list[Record]()
     if held_out:
-        kept = read_records(held_out, **{**reading, "format": "auto"})
-        kept = [item for item in kept if item.score is not None][:max_held_out]
+        measured = read_records(held_out, **{**reading, "format": "auto"})
+        kept = [item for item in measured if item.score is not None][:max_held_out]
         seen = {item.key for item in kept}
         training = [item for item in scored if item.key not in seen]
     else:
@@ -68,9 +82,11 @@ def read_splits(
     rest, validation = split_records(pairs, min(VALIDATION_SHARE, max_validation / len(pairs)))
     if len(validation) < LEAST_VALIDATION:
         rest, validation = pairs, []
-    counts = {"items": len(items), "bad_rows": len(rejected), "without_score": len(items) - len(scored)}
+    counts: dict[str, Any] = {"items": len(items), "bad_rows": len(rejected), "without_score": len(items) - len(scored)}
     counts["pairs"] = sum(len(item.pairs()) for item in scored)
     counts["held_out_pairs"] = sum(len(item.pairs()) for item in kept)
+    if scale is None:
+        counts["scale"] = str(propose_scale([*items, *measured]))
     return Splits(rest, validation, [replace(item, annotations=()) for item in kept], counts)
 
 

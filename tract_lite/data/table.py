@@ -3,14 +3,20 @@
 import csv
 import json
 import re
-from itertools import islice
+from functools import lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from tract_lite.data.files import read_rows
 from tract_lite.data.jsonl import read_rows as read_jsonl, replacing
+from tract_lite.data.rubrics import parse_object
+from tract_lite.data.scales import read_scale, scale_cell
+from tract_lite.scale import ScoreScale
 
 Row = Mapping[str, Any]
+# Labels and their values.
+Values = Mapping[str, float]
 
 
 def check_table(path: Path) -> None:
@@ -21,17 +27,29 @@ def check_table(path: Path) -> None:
         import pyarrow.parquet  # noqa: F401
 
 
-def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str], given: Mapping[str, Row]) -> None:
+def scales_in(rows: Iterable[Row]) -> list[Values]:
+    """The `values` of rows of judgements, each once, in order of first appearance."""
+    found = {tuple(values.items()): values for row in rows if (values := row.get("values"))}
+    return list(found.values())
+
+
+def write_table(path: Path, rows: Iterable[Row], scales: Sequence[Values], given: Mapping[str, Row]) -> None:
     """Write the rows of judgements as a table: the columns of the input, then those of the judge.
 
-    `given`: by id, the row of the input. A column of the judge that the input has as well gets
-    `judge_` before its name; its id stands there only where the input's own `id` is another one.
+    `scales`: all that the rows are on. Where there are several, or one whose labels do not say
+    their values, a column `scale` names that of each row. `given`: by id, the row of the input. A
+    column of the judge that the input has as well gets `judge_` before its name; its id stands
+    there only where the input's own `id` is another one.
     """
     own = dict.fromkeys(name for row in given.values() for name in row)
     figures = ["score", "normalised_score", "std", "spread", "doubt", "mode", "mass"]
+    figures += ["end_mass"] * any(map(_has_beginnings, scales))
+    labels = dict.fromkeys(label for values in scales for label in values)
     figures += [*(f"p_{label}" for label in labels), "error_bound"]
     ours = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
     ours |= {"error": "string", "gold": "double", "feedback": "string"}
+    if len(scales) > 1 or any(_number(label) != value for values in scales for label, value in values.items()):
+        ours["scale"] = "string"
     if "id" in own and all(str(row.get("id")) == name for name, row in given.items()):
         del ours["id"]
     names = {name: _free(name, own) for name in ours}
@@ -39,7 +57,7 @@ def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str], given: M
     columns |= {names[name]: kind for name, kind in ours.items()}
 
     def cells(row: Row) -> dict[str, Any]:
-        judged = _cells(row, labels)
+        judged = _cells(row, [*labels])
         of_input = {name: _cell(cell, columns[name]) for name, cell in given.get(row["id"], {}).items()}
         return of_input | {names[name]: judged.get(name) for name in ours}
 
@@ -49,6 +67,8 @@ def write_table(path: Path, rows: Iterable[Row], labels: Sequence[str], given: M
 
 def read_judged(path: Path) -> list[dict[str, Any]]:
     """The `score`, `gold` and `values` of each row of judgements, from JSONL or a table of them.
+
+    In a table, the column `scale` has the values, or else labels that are numbers.
     Raises ValueError: there is no score, or another kind of file.
     """
     if path.suffix.lower() == ".jsonl":
@@ -57,17 +77,26 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     check_table(path)
     rows = [row for _, row in read_rows(str(path)) if isinstance(row, dict)]
     names = list(rows[0]) if rows else []
-    score, gold = (next((n for n in reversed(names) if re.fullmatch(f"(judge_)*{w}", n)), None) for w in _MEASURED)
+    score, gold, scale = (
+        next((n for n in reversed(names) if re.fullmatch(f"(judge_)*{w}", n)), None) for w in _MEASURED
+    )
     if score is None:
         raise ValueError(f"{path} has no column score or judge_score: it is no table of judgements")
-    values = [number for name in names if (number := _number(name.removeprefix("p_"))) is not None and name[:2] == "p_"]
-    scale = {str(value): value for value in values}
-    return [
-        {"score": _number(row[score]), "gold": _number(row[gold]) if gold else None, "values": scale} for row in rows
-    ]
+    labels = {name: name[2:] for name in names if name.startswith("p_")}
+    values = {label: number for label in labels.values() if (number := _number(label)) is not None}
+
+    def read(row: Row) -> dict[str, Any]:
+        own = _values(row[scale]) if scale else None
+        return {
+            "score": _number(row[score]),
+            "gold": _number(row[gold]) if gold else None,
+            "values": values if own is None else own,
+        }
+
+    return [read(row) for row in rows]
 
 
-_MEASURED = ("score", "gold")
+_MEASURED = ("score", "gold", "scale")
 # Larger whole numbers, a double can't tell apart.
 _WHOLE = 2**53
 
@@ -77,6 +106,21 @@ def _number(cell: Any) -> float | None:
         return float(cell)
     except (TypeError, ValueError):
         return None
+
+
+def _values(cell: Any) -> dict[str, float] | None:
+    """The values that a cell of the column `scale` names; None where it names none."""
+    try:
+        found = read_scale(parse_object(cell) if isinstance(cell, str) and cell.startswith("{") else cell)
+    except ValueError:
+        return None
+    return dict(zip(found.labels, found.values)) if found else None
+
+
+def _has_beginnings(labels: Iterable[str]) -> bool:
+    """Whether some label begins another one, as 1 begins 10."""
+    ordered = sorted(labels)
+    return any(after.startswith(before) for before, after in pairwise(ordered))
 
 
 def _free(name: str, taken: Iterable[str]) -> str:
@@ -107,7 +151,16 @@ def _cell(cell: Any, kind: str) -> Any:
 def _cells(row: Row, labels: Sequence[str]) -> dict[str, Any]:
     shares = {f"p_{label}": row["probabilities"].get(label) for label in labels}
     texts = {name: None if row[name] is None else _writable(row[name]) for name in ("id", "error")}
-    return {**row, **shares, **texts, "feedback": _writable("\n\n".join(row["feedback"]))}
+    texts["feedback"] = _writable("\n\n".join(row["feedback"]))
+    scale = _named(tuple((row.get("values") or {}).items()))
+    return {**row, **shares, **texts, "scale": scale}
+
+
+@lru_cache(maxsize=1024)
+def _named(values: tuple[tuple[str, float], ...]) -> str | None:
+    """What names the scale of labels and values in a cell."""
+    named = scale_cell(ScoreScale(*zip(*values))) if values else None
+    return named if named is None or isinstance(named, str) else _writable(json.dumps(named, ensure_ascii=False))
 
 
 def _writable(text: str) -> str:

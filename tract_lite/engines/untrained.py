@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tract_lite.data.scales import DEFAULT_SCALE
 from tract_lite.engines.chat_template import render_chat
 from tract_lite.engines.llama_cpp import is_gguf, load_model, metadata, quiet_llama
 from tract_lite.scale import ScoreScale
@@ -15,7 +16,6 @@ from tract_lite.vocabulary import GGUFVocabulary
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SCALE = ScoreScale.integers(1, 5)
 CHAT_ADVICE = "give a chat template of its family with --chat FILE (chat= in Python)"
 WARNING = (
     "an untrained judge: %s holds no judge spec and is asked in its own chat format, on the scale %s; "
@@ -43,9 +43,9 @@ def untrained_spec(
     """The spec by which a loaded model (a `llama_model` pointer) is asked as it is.
 
     It is the one that `make_spec` makes with the model's transformers tokenizer. `path` names the
-    model. `scale`: 1 to 5 unless given. `template`: the prompt's, as in `JudgeSpec`. `chat`: a chat
-    template (Jinja), by default the model's own.
-    Raises ValueError: no chat template, or one that fails; the labels are not single tokens.
+    model. `scale`: of items without their own, 1 to 5 unless given. `template`: the prompt's, as in
+    `JudgeSpec`. `chat`: a chat template (Jinja), by default the model's own.
+    Raises ValueError: no chat template, or one that fails; the labels can't be told apart.
     """
     vocabulary, scale = GGUFVocabulary(model), scale or DEFAULT_SCALE
     chat = chat or _own_chat(model)
@@ -57,7 +57,7 @@ def untrained_spec(
         raise ValueError(f"the chat template of {path} can't be used: {error}\n{CHAT_ADVICE}") from error
     vocabulary.eos_id = _end_id(model, vocabulary)
     method = {"untrained": True, "chat_date": CHAT_DATE.isoformat()}
-    spec = spec_for(vocabulary, pieces, scale, template=template or DEFAULT_TEMPLATE, method=method)
+    spec = spec_for(vocabulary, pieces, scale, template=template or DEFAULT_TEMPLATE, method=method, any_scale=True)
     logger.warning(WARNING, path, scale)
     return spec
 

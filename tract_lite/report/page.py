@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tract_lite.data.jsonl import read_json, read_rows
-from tract_lite.metrics import WITH_INTERVAL, format_table
+from tract_lite.metrics import NORMALISED, WITH_INTERVAL, ends_of, format_table
 from tract_lite.run import FIGURE, JUDGED, METRICS, REPORT, SETTINGS, Run
 
 STAGES = {"stage1": ("stage 1: first reasonings", "#3b6fb6"), "stage2": ("stage 2: own reasonings", "#d9822b")}
 TERMS = {"ce": "cross-entropy per token", "raft": "squared error of the score"}
 INK, FAINT, ITEMS = "#333333", "#d8d8d8", "#2f7f79"
-# Half the width, in score units, over which items of one whole gold score are spread.
+# Half the width, in gaps between gold scores, over which items of one whole gold score are spread.
 JITTER = 0.16
 # Up to this many logged steps are marked one by one.
 FEW_POINTS = 20
@@ -37,6 +37,9 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [f"# {run.folder.resolve().name}"]
     if rows := metrics.get("rows"):
         parts += [format_table(rows), _intervals(rows)]
+        parts += sorted(
+            {NORMALISED.format(row["scales"]).capitalize() + "." for row in rows.values() if row.get("scales")}
+        )
     if logs or pairs:
         _draw(logs, pairs).savefig(run / FIGURE, dpi=150)
         parts.append(f"![losses, and scores against gold]({FIGURE})")
@@ -50,11 +53,18 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _scores_and_golds(run: Run) -> list[tuple[float, float]]:
     """Gold score and score of each held-out item, from the judge that has judged most of them: the
-    last one by name, a GGUF file before others."""
+    last one by name, a GGUF file before others. Of items on several scales, their places on these,
+    from 0 to 1."""
     best: list[tuple[float, float]] = []
     for file in sorted((run / JUDGED).glob("*.jsonl"), key=lambda file: (".gguf" in file.name, file.name)):
-        rows = [(row.get("gold"), row.get("score")) for row in read_rows(file)]
-        pairs = [(gold, score) for gold, score in rows if gold is not None and score is not None]
+        rows = [row for row in read_rows(file) if row.get("gold") is not None and row.get("score") is not None]
+        pairs = [(row["gold"], row["score"]) for row in rows]
+        ends = [ends_of(row.get("values")) for row in rows]
+        if len(set(ends)) > 1:
+            placed = [(one, end) for one, end in zip(pairs, ends) if end is not None]
+            pairs = [
+                ((gold - low) / (high - low), (score - low) / (high - low)) for (gold, score), (low, high) in placed
+            ]
         best = pairs if len(pairs) >= len(best) else best
     return best
 
@@ -123,16 +133,18 @@ def _draw_terms(axes: Sequence[Axes], logs: Mapping[str, Sequence[Mapping[str, f
 def _draw_scores(ax: Axes, golds: np.ndarray, scores: np.ndarray) -> None:
     levels = np.unique(golds)
     grouped = len(levels) <= MOST_GROUPS and (levels == np.rint(levels)).all()
-    spread = np.random.default_rng(0).uniform(-JITTER, JITTER, golds.size) if grouped else 0
+    # The gap between two gold scores, as between the labels of a scale in steps.
+    gap = float(np.diff(levels).min()) if grouped and len(levels) > 1 else 1.0
+    spread = gap * np.random.default_rng(0).uniform(-JITTER, JITTER, golds.size) if grouped else 0
     low, high = min(golds.min(), scores.min()), max(golds.max(), scores.max())
-    margin = 0.06 * (high - low) + JITTER
+    margin = 0.06 * (high - low) + JITTER * min(gap, high - low or 1)
     ends = low - margin, high + margin
     ax.plot(ends, ends, color=FAINT, linewidth=1.2, zorder=0)
     alpha = float(np.clip(60 / golds.size, 0.2, 0.6))
     ax.scatter(golds + spread, scores, s=16, alpha=alpha, color=ITEMS, linewidths=0)
     if grouped:
         means = [scores[golds == level].mean() for level in levels]
-        ax.hlines(means, levels - 0.26, levels + 0.26, color=INK, linewidth=2, label="mean prediction")
+        ax.hlines(means, levels - 0.26 * gap, levels + 0.26 * gap, color=INK, linewidth=2, label="mean prediction")
         ax.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
         ax.set_xticks(levels)
     ax.set(xlim=ends, ylim=ends, aspect="equal")

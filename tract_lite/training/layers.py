@@ -78,7 +78,8 @@ def prefix_states(
     whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
     hidden = last_hidden_states(model, whole, use_cache=True)
     longest = int(starts.max())
-    cache.crop(longest)
+    if behind := input_ids.shape[1] - longest:
+        cache.crop(-behind)
     cache.batch_select_indices(rows)
     read = torch.arange(longest, device=starts.device) < starts[:, None]
     after = torch.arange(suffixes.shape[1], device=starts.device)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TypedDict
 
+from tract_lite.scale import ScoreScale
 from tract_lite.spec import Sampling
 
 # What a stage leaves in its folder when it is done, and the folder of its adapter there.
@@ -24,7 +25,7 @@ class SeedOptions(TypedDict, total=False):
 
     `max_length` counts the tokens of prompt, reasoning and score. `precision` is the type to
     compute in: "float32", "bfloat16", "float16"; `load_in_4bit` is of the weights. None: what suits
-    the machine.
+    the machine. `units` and `any_scale`: as in `JudgeSpec`.
     """
 
     template: str
@@ -33,6 +34,8 @@ class SeedOptions(TypedDict, total=False):
     sampling: Sampling
     precision: str | None
     load_in_4bit: bool | None
+    units: ScoreScale | None
+    any_scale: bool
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.data.places import content_of
 from tract_lite.data.resume import claim
+from tract_lite.data.scales import brings_others
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec
@@ -52,13 +53,18 @@ def train_adapter(
 ) -> Path:
     """Train one stage (TRACT, section 3): a new adapter on the seed model, which is freed then.
 
-    `seed_model`: a folder or a hub id. `settings` and `validation` as for `train_stage`, which
-    leaves its files in `out`. A stage that is there is not trained again, and one that was stopped
-    goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
-    Raises ValueError: no usable record, or `out` holds a stage of other records or settings.
+    `seed_model`: a folder or a hub id. `scale`: that of records which bring none of their own;
+    where some bring others, the judge is one of any scale. `units`: the scale of the gold scores,
+    where `scale` has other labels for them (`ScoreScale.remapped`). `settings` and `validation` as
+    for `train_stage`, which leaves its files in `out`. A stage that is there is not trained again,
+    and one that was stopped goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
+    Raises ValueError: no usable record, some have scales of their own beside `units`, or `out`
+        holds a stage of other records or settings.
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
     """
     out = Path(out)
+    if brings_others([*records, *validation], scale, options.get("units")):
+        options["any_scale"] = True
     begun = (out / RESULT_FILE).exists() or newest_complete_checkpoint(out)
     if options.get("load_in_4bit") is None:
         # What the machine that began it has chosen: the run may have been moved since.
@@ -68,6 +74,9 @@ def train_adapter(
         # Left-out options are None here, so that leaving one out at a second call is a change.
         how = {**dict.fromkeys(SeedOptions.__annotations__), **options, "seed_model": str(seed_model)}
         how |= {"seed_model_sha256": content_of(seed_model), "scale": str(scale)}
+        # Those that are left out are None in both.
+        units, any_scale = options.get("units"), options.get("any_scale")
+        how |= {"units": str(units) if units else None, "any_scale": any_scale or None}
         how |= {"sampling": options.get("sampling") and asdict(options["sampling"])}
         # How many sequences are computed at once changes no weight, and is what memory runs out by.
         how |= {"settings": {name: value for name, value in asdict(settings).items() if name != "micro_batch_size"}}
@@ -90,7 +99,7 @@ def train_adapter(
 
 def _digest(records: Sequence[Record]) -> str:
     """A hash of what is learnt from the records."""
-    learnt = repr([(record.key, record.score, record.feedback, record.feedback_ids) for record in records])
+    learnt = repr([(one.key, one.score, one.feedback, one.feedback_ids, *one.gold_scores) for one in records])
     return hashlib.sha256(learnt.encode("utf-8", "backslashreplace")).hexdigest()
 
 
