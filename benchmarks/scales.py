@@ -55,7 +55,7 @@ def make_examples(scale: ScoreScale, count: int, length: int, vocabulary: int) -
 
 
 def measure(name: str, folder: str, model: str, repeats: int) -> dict[str, Any]:
-    """Seconds of a step, and the bytes that it takes beside what is there between the steps."""
+    """Seconds of a step, and the bytes that steps take beside the model."""
     *_, vocabulary, count, length = SHAPES[model]
     is_rows = name.endswith("rows")
     net, _ = load_seed(folder, False, length, backend="transformers", precision="float32")
@@ -77,18 +77,18 @@ def measure(name: str, folder: str, model: str, repeats: int) -> dict[str, Any]:
         spans = torch.stack([batch["score_positions"], batch["score_lengths"]], dim=1)
         return cot_raft_tree_loss(hidden, head, labels, spans, states, trees, targets).loss
 
-    seconds, found = [], []
-    with patch.object(branches, "keeps_prefixes", lambda _: not is_rows):
+    seconds = []
+    reset_peak_memory()
+    before = memory_in_use()
+    with patch.object(branches, "goes_on_from_prefixes", lambda _: not is_rows):
         for _ in range(repeats + 1):
-            reset_peak_memory()
-            before, start = memory_in_use(), time.perf_counter()
+            start = time.perf_counter()
             loss().backward()
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - start)
-            found.append(peak_memory() - before)
     # The first step warms up.
-    return {"seconds": statistics.median(seconds[1:]), "peak": statistics.median(found[1:])}
+    return {"seconds": statistics.median(seconds[1:]), "peak": peak_memory() - before}
 
 
 def compare(model: str, repeats: int) -> None:
@@ -108,7 +108,7 @@ def compare(model: str, repeats: int) -> None:
         memory = ratio(result["peak"], base.get("peak"), bar)
         rows.append([name, f"{result['seconds']:.2f}", times, f"{result['peak'] / MB:,.0f}", memory])
     print(f"\n{model}, {count} x {length:,} tokens, float32, median of {repeats} steps\n")
-    print(table([f"{model}: scale", "seconds", "of one token", "peak MB of a step", "of one token"], rows), flush=True)
+    print(table([f"{model}: scale", "seconds", "of one token", "peak extra MB", "of one token"], rows), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,8 +16,9 @@ from tract_lite.engines.context import Context
 from tract_lite.engines.llama_cpp import load_adapter, load_model, quiet_llama
 from tract_lite.export.gguf import export_gguf
 from tract_lite.record import Record
-from tract_lite.scale import ScoreScale
-from tract_lite.spec import JudgeSpec, make_spec
+from tract_lite.scale import ScoreScale, find_score_tokens
+from tract_lite.spec import JudgeSpec, Sampling, make_spec
+from tract_lite.vocabulary import TransformersVocabulary
 
 # Gemma ties its embeddings and scales its queries by a number of the config.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0},
 }
 TYPES = ("f32", "q8_0", "q4_k_m")
+WORDS = "poor=0,weak=1,fair=2,good=3,excellent=4"
+# Words of which one begins another.
+NESTED = "right=2,right and clear=1,right and clear and kind=0,rightly=3,wrong=-1"
+SCALES = {text: ScoreScale.parse(text) for text in ("1-5", "0-10", "1-100", "0-100", "0-5:0.5", WORDS, NESTED)}
 
 
 def base_model(folder: Path) -> Any:
@@ -84,6 +89,34 @@ def make_wide_judge(folder: Path) -> None:
     records = [Record(prompt="The answer", feedback="It is clear."), Record(prompt="Why so?")]
     # A dot in a name is not always that of a suffix.
     export_gguf(folder / "model", folder / "out" / "judge-3.2", TYPES, records=records, figures=figures)
+
+
+def make_reader(folder: Path, name: str) -> None:
+    """A random Llama with one of `VOCABULARIES` in `model`, which has learnt how labels go on.
+
+    After the last token of the marker, or one of a label, the next ones of labels are likelier than
+    others; how much, hangs on the text.
+    """
+    make_llama(folder / "model", vocabulary_folder(name), 2.0, hidden=128)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    vocabulary, sampling = TransformersVocabulary(tokenizer), Sampling(max_new_tokens=8)
+    options: dict[str, Any] = {"template": "{{ response }}\n", "max_length": 256, "sampling": sampling}
+    spec = make_spec(tokenizer, SCALES["1-5"], any_scale=True, **options)
+    spec.save(folder / "model")
+    steps = set()
+    for scale in SCALES.values():
+        tokens = find_score_tokens(vocabulary, spec.marker, scale)
+        for path in tokens.labels:
+            steps |= set(zip((tokens.marker[-1], *path), path))
+            steps |= {(path[-1], spec.eos_id)} if path in tokens.following else set()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+    with torch.no_grad():
+        embeddings.normal_()
+        head.normal_(std=0.06)
+        for before, after in sorted(steps):
+            head[after] += (0.7 if len(tokenizer) < 2000 else 1.1) * embeddings[before] / embeddings[before].norm()
+    model.save_pretrained(folder / "model")
 
 
 def llama_logits(gguf: Path, ids: list[int], *adapters: Path | None) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from tract_lite.engines import pace
 from tract_lite.engines.task import Sample, Task
 from tract_lite.estimate import estimate_run
 from tract_lite.record import Record
+from tract_lite.scale import ScoreTokens
 from tract_lite.spec import Sampling
 from tract_lite.training.encode import Example
 from tract_lite.training.seed_model import add_lora
@@ -99,7 +100,10 @@ def passes_at(speed: float, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int],
         return passes[-1] / speed
 
     monkeypatch.setattr(estimate, "_pass_seconds", take)
-    examples = [Example([1] * length + [7, 2], length - 10, length, 3.0) for length in range(500, 1500, 20)]
+    tokens = ScoreTokens((), ((7,), (8,)), (3.0, 4.0))
+    examples = [
+        Example([1] * length + [7, 2], length - 10, length, 3.0, tokens, 0, {0: 1.0}) for length in range(500, 1500, 20)
+    ]
     trainer: Any = SimpleNamespace(settings=TrainSettings(micro_batch_size=2))
     return passes, estimate._token_seconds(trainer, examples, 0)
 

@@ -265,7 +265,7 @@ def test_without_reasonings_the_score_is_read_straight_after_the_prompt():
     engine, records = make_engine(), make_records("x", "CUT", "LONG")
     direct, _, failed = Judge(engine).score_many(records, n_cot=0)
     assert direct.feedback == direct.feedback_ids == [] and direct.scores == [direct.score]
-    assert engine.tasks[-1] == Task.direct(prompt_ids(records[0], engine.spec, engine.vocabulary))
+    assert engine.tasks[-1] == Task.direct(prompt_ids(records[0], engine.spec, engine.vocabulary), engine.spec.tokens)
     assert failed.error == "too long" and failed.scores == []
     # What was judged so is read again in the same way, beside what was reasoned.
     reasoned = Judge(engine).score(records[0])

@@ -13,8 +13,9 @@ import pytest
 import torch
 from hybrids import VOCABULARY as HYBRID_VOCABULARY, make_hybrid
 from hypothesis import given, settings, strategies as st
+from judges import NESTED, SCALES, make_reader
 from servers import FakeLlamaServer, FakeVLLM, fake_server
-from tiny import BYTE_LEVEL, REAL, VOCABULARIES, export_judge, make_llama, make_sentences, told, vocabulary_folder
+from tiny import BYTE_LEVEL, REAL, VOCABULARIES, export_judge, make_sentences, told
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tract_lite.engines.context import Context
@@ -26,7 +27,13 @@ from tract_lite.export.converter import convert_model
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids
-from tract_lite.rail import PRUNED_MASS, LabelReading, expected_score, label_log_probabilities
+from tract_lite.rail import (
+    PRUNED_MASS,
+    LabelReading,
+    expected_score,
+    label_log_probabilities,
+    read_top_log_probabilities,
+)
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale, ScoreTokens, find_score_tokens
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
@@ -34,38 +41,6 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 END = 9
 EXACT: dict[str, Any] = {"threads": 1, "flash_attention": False, "cache_type": "f32"}
-WORDS = "poor=0,weak=1,fair=2,good=3,excellent=4"
-# Words of which one begins another.
-NESTED = "right=2,right and clear=1,right and clear and kind=0,rightly=3,wrong=-1"
-SCALES = {text: ScoreScale.parse(text) for text in ("1-5", "0-10", "1-100", "0-100", "0-5:0.5", WORDS, NESTED)}
-
-
-def make_reader(folder: Path, name: str) -> None:
-    """A random Llama with one of `VOCABULARIES` in `model`, which has learnt how labels go on.
-
-    After the last token of the marker, or one of a label, the next ones of labels are likelier than
-    others; how much, hangs on the text.
-    """
-    make_llama(folder / "model", vocabulary_folder(name), 2.0, hidden=128)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    vocabulary, sampling = TransformersVocabulary(tokenizer), Sampling(max_new_tokens=8)
-    options: dict[str, Any] = {"template": "{{ response }}\n", "max_length": 256, "sampling": sampling}
-    spec = make_spec(tokenizer, SCALES["1-5"], any_scale=True, **options)
-    spec.save(folder / "model")
-    steps = set()
-    for scale in SCALES.values():
-        tokens = find_score_tokens(vocabulary, spec.marker, scale)
-        for path in tokens.labels:
-            steps |= set(zip((tokens.marker[-1], *path), path))
-            steps |= {(path[-1], spec.eos_id)} if path in tokens.following else set()
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
-    with torch.no_grad():
-        embeddings.normal_()
-        head.normal_(std=0.06)
-        for before, after in sorted(steps):
-            head[after] += (0.7 if len(tokenizer) < 2000 else 1.1) * embeddings[before] / embeddings[before].norm()
-    model.save_pretrained(folder / "model")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +201,13 @@ def test_a_model_with_a_state_reads_its_trees_as_each_label_alone(shared_once, b
         judgements = list(judge.score_many(records))
         prompts = [len(prompt_ids(record, spec, judge.engine.vocabulary)) for record in records]
     check(judgements, records, folder / "model", spec, within=1e-4)
-    # What a branch needs is read again nowhere but from the reasoning's end.
+    tokens = find_score_tokens(
+        TransformersVocabulary(AutoTokenizer.from_pretrained(folder / "model")), spec.marker, SCALES["0-100"]
+    )
+    written = sum(len(judgement.feedback_ids[0]) + 1 for judgement in judgements)
+    # For a branch nothing is read again but its own tokens.
+    most = sum(prompts) + written + len(records) * (len(tokens.marker) + 2 * len(tokens.following))
+    assert written > 12 and sum(len(positions) for positions, _ in batches) <= most
     decoded = Counter(position for positions, _ in batches for position in positions)
     assert decoded[0] == len(records) and all(decoded[n] <= len(records) for n in range(min(prompts) - 1))
 
@@ -328,6 +309,31 @@ def test_what_is_not_followed_has_next_to_no_probability_and_the_bound_covers_it
     difference = abs(expected_score(found, tokens.values) - expected_score(expected, tokens.values))
     assert difference <= reading.error_bound + 1e-12 <= 5e-6 * max(map(abs, tokens.values)) + 1e-11
     assert 0 <= reading.end_mass <= 1 + 1e-9 and found.sum() <= 1 + 1e-9
+
+
+@settings(max_examples=300, deadline=None)
+@given(trees(), st.integers(1, 10))
+def test_where_a_tree_is_read_from_top_log_probabilities_the_exact_score_lies_within_the_bound(tree, count):
+    tokens, logits = tree
+    reading = LabelReading(tokens, END)
+    while reading.wanted:
+        node = reading.wanted[-1]
+        row = label_log_probabilities(logits[node], range(10))
+        top = [(int(token), float(row[token])) for token in np.argsort(-row)[:count]]
+        reading.add(node, read_top_log_probabilities(top, reading.asked(node)))
+    difference = (
+        expected_score(np.exp(reading.log_probabilities), tokens.values) - exact(tokens, logits) @ tokens.values
+    )
+    assert abs(difference) <= reading.error_bound + 1e-9
+    assert count < 10 or reading.error_bound <= 5e-6 * max(map(abs, tokens.values)) + 1e-11
+
+
+def test_what_is_unseen_after_a_label_counts_by_its_distance_from_the_label():
+    tokens = ScoreTokens((0,), ((1,), (1, 0)), (-5.0, 5.0))
+    reading = LabelReading(tokens, END)
+    reading.add((), read_top_log_probabilities([(1, 0.0)], reading.asked(())))
+    reading.add((1,), read_top_log_probabilities([(END, math.log(0.7))], reading.asked((1,))))
+    assert reading.error_bound == pytest.approx(0.3 * 10)
 
 
 def test_of_a_sure_model_s_tree_little_is_read():

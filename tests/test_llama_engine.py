@@ -1,3 +1,4 @@
+import json
 import math
 import random
 import shutil
@@ -23,7 +24,7 @@ from tract_lite.engines import llama as engine_module
 from tract_lite.engines.llama import LlamaEngine, default_parallel
 from tract_lite.engines.llama_cpp import cache_bytes, load_model, quiet_llama
 from tract_lite.engines.task import Task
-from tract_lite.export.converter import quantize
+from tract_lite.export.converter import convert_model, quantize
 from tract_lite.export.gguf import export_gguf
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
@@ -257,6 +258,20 @@ def test_the_spec_comes_from_the_file_unless_one_is_given(path, spec):
         assert engine.spec == spec and with_other.spec == other
         [(_, [sample])] = with_other.run(make_tasks(with_other, 1))
     assert len(sample.reasoning) <= 3
+
+
+def test_a_file_with_a_spec_of_the_first_format_is_read(folder, spec, path, tmp_path, monkeypatch):
+    """There, the labels were one id each."""
+    data = json.loads(spec.to_json()) | {"format": 1, "label_ids": label_tokens(spec)}
+    del data["any_scale"], data["units"]
+    monkeypatch.setattr(JudgeSpec, "to_json", lambda self: json.dumps(data))
+    convert_model(folder / "model", tmp_path / "judge.gguf", "f32", spec)
+    monkeypatch.undo()
+    with open_engine(tmp_path / "judge.gguf") as engine, open_engine(path) as today:
+        assert engine.spec == today.spec == spec
+        tasks = make_tasks(engine, 3)
+        for (_, answer), (_, other) in zip(engine.run(tasks), today.run(tasks), strict=True):
+            assert np.array_equal(scores(answer), scores(other))
 
 
 def test_a_spec_of_another_vocabulary_is_refused(path, spec):

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tract_lite.judge import Judge
 from tract_lite.record import Record
 from tract_lite.spec import DEFAULT_TEMPLATE, Sampling
-from tract_lite.training.layers import head_options, lm_head_weight
+from tract_lite.training.layers import full_logits, head_options, lm_head_weight
 from tract_lite.training.precision import BFLOAT16_UNITS, has_bfloat16_units, pick_4bit, pick_dtype
 from tract_lite.training.seed_model import (
     HIDDEN_STATES_SWITCH,
@@ -32,7 +32,6 @@ from tract_lite.training.seed_model import (
     add_lora,
     compute_dtype,
     for_training,
-    full_logits,
     hidden_states,
     load_adapter,
     load_seed,

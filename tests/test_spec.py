@@ -31,6 +31,33 @@ def test_json_gives_the_same_spec_back(spec):
     assert JudgeSpec.from_json(spec.to_json()) == spec
 
 
+FIRST_FORMAT = """
+{"format": 1, "template": "{{ response }}", "scale": {"labels": ["0", "1", "2"], "values": [0.0, 1.0, 2.0]},
+ "chat": [1, "{prompt}"], "marker_ids": [421, 357, 648], "label_ids": [680, 667, 675],
+ "pieces": ["\u2581score", "\u2581is", "\u2581", "0", "1", "2"], "eos_id": 2, "marker": "score is",
+ "sampling": {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.03, "max_new_tokens": 77},
+ "max_length": 3000, "base_model": "a/b", "method": {"stage": 2}}
+"""
+
+
+def test_a_spec_of_the_first_format_is_read_with_labels_of_one_token_each(tmp_path):
+    (tmp_path / SPEC_FILE).write_text(FIRST_FORMAT, encoding="utf-8")
+    spec = JudgeSpec.load(tmp_path)
+    assert spec.label_ids == ((680,), (667,), (675,)) and spec.tokens.is_flat
+    assert (spec.any_scale, spec.units, spec.scale) == (False, None, ScoreScale.integers(0, 2))
+    assert (spec.marker_ids, spec.chat, spec.sampling.max_new_tokens) == ((421, 357, 648), (1, "{prompt}"), 77)
+    assert JudgeSpec.from_json(spec.to_json()) == spec and json.loads(spec.to_json())["format"] == 2
+
+
+@pytest.mark.parametrize("scale", ["0-100", "0-5:0.5", "poor=0,fair=0.5,good=1"])
+def test_json_gives_back_labels_of_several_tokens_units_and_that_any_scale_will_do(scale):
+    scale = ScoreScale.parse(scale)
+    units = ScoreScale.parse("1-7")
+    spec = make_spec(load_tokenizer("spm"), scale, any_scale=True, units=units)
+    found = JudgeSpec.from_json(spec.to_json())
+    assert found == spec and found.tokens == spec.tokens and (found.any_scale, found.units) == (True, units)
+
+
 def test_a_saved_spec_is_found_by_its_file_and_by_its_folder(spec, tmp_path):
     spec.save(tmp_path)
     assert JudgeSpec.load(tmp_path) == JudgeSpec.load(tmp_path / SPEC_FILE) == spec

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hybrids import HYBRIDS, LARGER
 from hypothesis import given, settings, strategies as st
+from judges import SCALES, make_reader
 from stages import load, load_exact, make_records
 from test_loss import assert_close
 from tiny import load_tokenizer, make_family, vocabulary_folder
@@ -262,7 +263,11 @@ def records_on(*scales: ScoreScale, count: int = 12) -> list[Record]:
 
 def load_mixed(seed_model: Path) -> tuple[Any, Any, JudgeSpec]:
     model, tokenizer = load_exact(seed_model)
-    return add_lora(model, dropout=0.0), tokenizer, make_spec(tokenizer, TEN, max_length=128, any_scale=True)
+    return (
+        add_lora(model, gradient_checkpointing=False),
+        tokenizer,
+        make_spec(tokenizer, TEN, max_length=128, any_scale=True),
+    )
 
 
 MIXTURE = (
@@ -306,10 +311,10 @@ def test_branches_as_suffixes_are_as_rows_of_their_own(shared_once, monkeypatch,
                 weight.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     batch = encoded(records_on(*MIXTURE, count=5), spec, tokenizer)
     assert len({len(example.ids) for example in batch}) > 2
-    monkeypatch.setattr(branches_module, "_by_rows", None)
+    monkeypatch.setattr(branches_module, "_by_rows", refuse)
     suffixes = states_with_gradients(model, batch)
     monkeypatch.undo()
-    monkeypatch.setattr(branches_module, "keeps_prefixes", lambda model: False)
+    monkeypatch.setattr(branches_module, "goes_on_from_prefixes", lambda model: False)
     rows = states_with_gradients(model, batch)
     for ours, theirs in zip(suffixes[:2], rows[:2]):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -411,7 +416,7 @@ def test_the_micro_batch_size_changes_no_loss_of_trees(seed_model, tmp_path, ce_
 
 @pytest.mark.parametrize("shape", ["rolled", "of zeros", "of the layer before", "of the marker alone"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_preflight_finds_states_of_nodes_that_are_not_the_model_s(seed_model, tmp_path, monkeypatch, shape, mixed):
+def test_preflight_finds_states_of_nodes_that_are_not_the_model_s(shared_once, tmp_path, monkeypatch, shape, mixed):
     def tampered(model: Any, batch: Any, ids: torch.Tensor, nodes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, states = node_states(model, batch, ids, nodes)
         first = [place for place, (_, node) in enumerate(nodes) if not node]
@@ -425,9 +430,11 @@ def test_preflight_finds_states_of_nodes_that_are_not_the_model_s(seed_model, tm
             return hidden, torch.stack([ones[row] for row, _ in nodes])
         return hidden, {"rolled": states.roll(1, dims=0), "of zeros": states * 0}.get(shape, states)
 
-    model, tokenizer, spec = load_mixed(seed_model)
-    spec = replace(spec, any_scale=mixed)
-    records = records_on(*(MIXTURE if mixed else (TEN,)), count=4)
+    # A model whose labels have some probability.
+    folder = shared_once("reader split digits", lambda out: make_reader(out, "split digits"))
+    model, tokenizer = load_exact(folder / "model")
+    model, spec = add_lora(model), make_spec(tokenizer, TEN, max_length=128, any_scale=mixed)
+    records = records_on(*(TEN, SCALES["0-100"])[: 1 + mixed], count=4)
     vocabulary = TransformersVocabulary(tokenizer)
     some = encoded(records, spec, tokenizer)
     trainer = CotRaftTrainer(model, some, spec, tokenizer, tmp_path, TrainSettings())
@@ -444,8 +451,8 @@ def test_one_scale_of_one_token_labels_takes_the_flat_way_and_gives_its_loss(see
     trainer = CotRaftTrainer(model, some, spec, tokenizer, tmp_path, TrainSettings())
     model.eval()
     assert trainer.is_flat
-    for settings, mixed in ((TrainSettings(target="soft"), False), (TrainSettings(), True)):
-        other = CotRaftTrainer(model, some, replace(spec, any_scale=mixed), tokenizer, tmp_path, settings)
+    for asked, mixed in ((TrainSettings(target="soft"), False), (TrainSettings(), True)):
+        other = CotRaftTrainer(model, some, replace(spec, any_scale=mixed), tokenizer, tmp_path, asked)
         assert not other.is_flat
         with torch.no_grad():
             assert other.loss_of(model, batch).loss == pytest.approx(

@@ -185,6 +185,15 @@ def test_scale_template_and_chat_format_may_be_chosen(instruct: Path, tmp_path: 
         Judge.from_gguf(instruct / "model.gguf", judge.spec, scale=scale)
 
 
+@pytest.mark.parametrize("text", ["1-100", "0-5:0.5", "very poor=0,poor=1,good=2"])
+def test_an_untrained_judge_takes_scales_of_several_tokens(instruct: Path, text: str) -> None:
+    scale = ScoreScale.parse(text)
+    with Judge.from_gguf(instruct / "model.gguf", scale=scale) as judge:
+        judgement = judge.score(RECORD, n_cot=0)
+    assert tuple(judgement.probabilities) == scale.labels and not judgement.error
+    assert min(*scale.values, 0) <= judgement.score <= max(scale.values)
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [

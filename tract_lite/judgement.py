@@ -140,7 +140,8 @@ class Judgement:
         """The judgement that `to_row` wrote; other columns are left alone."""
         filled: dict[str, Any] = {**dict.fromkeys(row, math.nan), "id": None, "error": None}
         filled |= {name: value for name, value in row.items() if value is not None}
-        return cls(**{item.name: filled[item.name] for item in fields(cls)})
+        # Earlier versions wrote fewer fields.
+        return cls(**{item.name: filled[item.name] for item in fields(cls) if item.name in filled})
 
     def explain(self, record: Record | None = None, width: int | None = None) -> str:
         """The judgement as a person reads it: reasonings, a bar for each label, figures, warnings.

@@ -21,13 +21,15 @@ _compiled = lru_cache(maxsize=16)(SandboxedEnvironment(trim_blocks=True, undefin
 
 
 def scale_of(record: Record, spec: JudgeSpec) -> ScoreScale:
-    """The scale that a record is judged on: its own, or else the judge's.
+    """The scale that a record is judged on: its own, or else the judge's, which may have other
+    labels for the same units.
     Raises ValueError: it has its own, and the judge was made for one scale.
     """
-    if record.scale is None or record.scale == spec.scale:
+    if record.scale in (None, spec.scale, spec.units):
         return spec.scale
     if not spec.any_scale:
-        fault = f"the item asks for the scale {record.scale}, and this judge answers on {spec.scale} alone"
+        own = spec.units or spec.scale
+        fault = f"the item asks for the scale {record.scale}, and this judge answers on {own} alone"
         raise ValueError(f"{fault}\nleave the item's scale out, or take a judge of many scales")
     return record.scale
 
@@ -54,16 +56,16 @@ def render(record: Record, spec: JudgeSpec) -> str:
         return record.prompt
     try:
         shown = {name: getattr(record, name) for name in ("instruction", "response", "reference")}
-        shown |= {"rubric": _in_units(record.rubric, spec), "labels": scale.labels, "scores": scale.named}
+        shown |= {"rubric": _in_units(record.rubric, scale, spec), "labels": scale.labels, "scores": scale.named}
         return _compiled(spec.template).render(shown, marker=spec.marker)
     except UndefinedError as error:
         missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
         raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
 
 
-def _in_units(rubric: Rubric | None, spec: JudgeSpec) -> Rubric | None:
+def _in_units(rubric: Rubric | None, scale: ScoreScale, spec: JudgeSpec) -> Rubric | None:
     """The rubric with the judge's labels, where its user's are of other units."""
-    if rubric is None or spec.units is None:
+    if rubric is None or spec.units is None or scale != spec.scale:
         return rubric
     described: dict[str, str] = {}
     for label, description in rubric.descriptions.items():

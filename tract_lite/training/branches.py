@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tract_lite.loss.label_trees import LabelTrees
 from tract_lite.scale import Path
 from tract_lite.training.encode import Example
-from tract_lite.training.layers import keeps_prefixes, prefix_states
-from tract_lite.training.seed_model import hidden_states, is_unsloth
+from tract_lite.training.layers import prefix_states
+from tract_lite.training.seed_model import goes_on_from_prefixes, hidden_states
 
 # As wide as 1 to 5, the paper's scale.
 PAPER_WIDTH = 4.0
@@ -86,7 +86,7 @@ def node_states(
     a sequence again, as many at once as there are examples.
     """
     branches = branches_of(examples, nodes)
-    if branches and not is_unsloth(model) and keeps_prefixes(model):
+    if branches and goes_on_from_prefixes(model):
         hidden, found = _by_suffixes(model, examples, input_ids, branches)
     else:
         hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))

@@ -88,6 +88,11 @@ def prefix_states(
     return hidden, last_hidden_states(model, batch, use_cache=True)
 
 
+def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) as the model itself computes them: much memory, for a check alone."""
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
 def lm_head_weight(model: Any) -> torch.Tensor:
     """The vocabulary projection (V, H)."""
     return model.get_output_embeddings().weight

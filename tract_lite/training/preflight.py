@@ -13,11 +13,13 @@ from accelerate.utils import send_to_device
 from torch.nn.functional import cross_entropy
 
 from tract_lite.loss.cot_raft import IGNORE_INDEX
-from tract_lite.rail import LabelReading, expected_score
+from tract_lite.loss.label_trees import token_log_probabilities
+from tract_lite.rail import LabelReading, expected_score, label_log_probabilities
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.branches import raft_factor
+from tract_lite.training.branches import Node, raft_factor
 from tract_lite.training.encode import Example, collate
-from tract_lite.training.seed_model import compute_dtype, full_logits, hidden_states
+from tract_lite.training.layers import full_logits
+from tract_lite.training.seed_model import compute_dtype, hidden_states
 from tract_lite.training.trainer import CotRaftTrainer
 from tract_lite.vocabulary import Vocabulary
 
@@ -29,6 +31,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # And an expected score from that of the plain logits, as a share of the scale: of single positions
 # bfloat16's rounding was seen to move it by 0.024.
 SCORE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# And log-probabilities of single tokens, which single precision moves by less than 0.001.
+NODE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
 # Keeps small gradients above the least float16, as the scaler does in training.
 LOSS_FACTOR = 1024.0
 ADVICE = "take another training backend (load_seed(..., backend='transformers')), or another seed model"
@@ -103,26 +107,55 @@ def check_loss(trainer: CotRaftTrainer, batch: dict[str, Any]) -> tuple[float, f
 
 def plain_terms(trainer: CotRaftTrainer, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy (torch's) and expected scores (B,), from the model's own logits.
-
-    Each node of the labels' trees behind the first is a sequence of its own.
+    Raises RuntimeError: at some node of the labels' trees the loss reads other logits.
     """
     labels = batch["labels"].clone()
     torch.manual_seed(0)
     logits = full_logits(trainer.model, batch["input_ids"], batch["attention_mask"])
+    nodes = plain_nodes(trainer.model, batch["examples"], logits)
+    if not trainer.is_flat:
+        check_nodes(trainer, batch, nodes)
     expected = []
     for row, example in enumerate(batch["examples"]):
-        start, reading = example.score_position, LabelReading(example.tokens, trainer.end_id)
-        reading.add_logits((), logits[row, start - 1].float().cpu().numpy())
+        reading = LabelReading(example.tokens, trainer.end_id)
         while reading.wanted:
-            ids = torch.tensor([[*example.ids[:start], *reading.wanted[-1]]], device=labels.device)
-            after = full_logits(trainer.model, ids, torch.ones_like(ids))[0, -1]
-            reading.add_logits(reading.wanted[-1], after.float().cpu().numpy())
+            reading.add_logits(reading.wanted[-1], nodes[row, reading.wanted[-1]])
         expected.append(expected_score(np.exp(reading.log_probabilities), example.tokens.values))
         if not trainer.settings.ce_on_score:
+            start = example.score_position
             labels[row, start : start + len(example.tokens.labels[example.label])] = IGNORE_INDEX
     supervised = labels[:, 1:] != IGNORE_INDEX
     ce = cross_entropy(logits[:, :-1][supervised].float(), labels[:, 1:][supervised])
     return ce, torch.tensor(expected, dtype=ce.dtype, device=ce.device)
+
+
+def plain_nodes(model: Any, examples: Sequence[Example], logits: torch.Tensor) -> dict[Node, np.ndarray]:
+    """The logits (V,) at each node of the labels' trees, by sequences of their own.
+
+    `logits` (B, T, V): those of the examples.
+    """
+    found = {}
+    for row, example in enumerate(examples):
+        for node in example.tokens.following:
+            after = logits[row, example.score_position - 1]
+            if node:
+                ids = torch.tensor([[*example.ids[: example.score_position], *node]], device=logits.device)
+                after = full_logits(model, ids, torch.ones_like(ids))[0, -1]
+            found[row, node] = after.float().cpu().numpy()
+    return found
+
+
+def check_nodes(trainer: CotRaftTrainer, batch: dict[str, Any], nodes: dict[Node, np.ndarray]) -> None:
+    """What the loss reads at each node are the log-probabilities of the model's own logits."""
+    trees, _, states = trainer.read_trees(trainer.model, batch["examples"], batch["input_ids"])
+    read = token_log_probabilities(states, trainer.head, trees.tokens, **trainer.head_options).cpu().numpy()
+    tolerance = NODE_TOLERANCE[compute_dtype(trainer.model)]
+    for (row, node), found in zip(nodes, read):
+        following = batch["examples"][row].tokens.following[node]
+        plain = label_log_probabilities(nodes[row, node], following)
+        if (worst := np.abs(found[: len(following)] - plain).max()) > tolerance:
+            fault = f"after {len(node)} tokens of a label, a log-probability is off by {worst:.3g}"
+            raise RuntimeError(f"preflight: {fault} by the plain formula\n{ADVICE}")
 
 
 def check_gradients(trainer: CotRaftTrainer, batch: dict[str, torch.Tensor]) -> int:

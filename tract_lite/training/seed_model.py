@@ -19,7 +19,7 @@ import torch
 from tract_lite.data.places import check_model, why_not_loaded
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
-from tract_lite.training.layers import last_hidden_states, lora_targets
+from tract_lite.training.layers import keeps_prefixes, last_hidden_states, lora_targets
 from tract_lite.training.precision import pick_4bit, pick_dtype
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _positions(config: Any) -> int | None:
 
 def longest_sequence(model: Any) -> int | None:
     """How many tokens of a sequence the model reads; None: any number."""
-    loaded_for = model.max_seq_length if is_unsloth(model) else None
+    loaded_for = model.max_seq_length if _is_unsloth(model) else None
     return min(filter(None, (loaded_for, _positions(model.config))), default=None)
 
 
@@ -208,7 +208,7 @@ def add_lora(
     set_seed(seed)
     targets = lora_targets(model)
     lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
-    if is_unsloth(model):
+    if _is_unsloth(model):
         from unsloth import FastLanguageModel
 
         lora |= {"use_gradient_checkpointing": "unsloth" if gradient_checkpointing else False, "random_state": seed}
@@ -224,7 +224,7 @@ def add_lora(
 
 def for_training(model: Any) -> None:
     """Undo what judging with the model has switched, so that it can be trained."""
-    if is_unsloth(model):
+    if _is_unsloth(model):
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_training(model)
@@ -256,7 +256,7 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     """
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     held = getattr(model, "module", model)
-    if is_unsloth(model) and not getattr(held, PLAIN_MARK, False):
+    if _is_unsloth(model) and not getattr(held, PLAIN_MARK, False):
         hidden = _by_switch(model, batch)
         # Unsloth cuts what is longer than it was asked for.
         if hidden.shape[1] < input_ids.shape[1]:
@@ -269,6 +269,11 @@ def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     return last_hidden_states(model, batch)
 
 
+def goes_on_from_prefixes(model: Any) -> bool:
+    """Whether `prefix_states` can be had of a model."""
+    return not _is_unsloth(model) and keeps_prefixes(model)
+
+
 def _by_switch(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The last hidden states as Unsloth gives them, in place of the logits."""
     os.environ[HIDDEN_STATES_SWITCH] = "1"
@@ -278,11 +283,6 @@ def _by_switch(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         os.environ[HIDDEN_STATES_SWITCH] = "0"
 
 
-def full_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The logits (B, T, V) as the model itself computes them: much memory, for a check alone."""
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-def is_unsloth(model: Any) -> bool:
+def _is_unsloth(model: Any) -> bool:
     """Whether Unsloth has loaded the model, which may be inside DDP and have an adapter on it."""
     return getattr(getattr(model, "module", model), UNSLOTH_MARK, False)

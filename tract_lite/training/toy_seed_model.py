@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tract_lite.data.files import cache_folder
 from tract_lite.data.formats import record_to_row
+from tract_lite.data.scales import scale_cell
 from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.prompt import render
 from tract_lite.record import Record, digest
@@ -44,8 +45,9 @@ def make_toy_seed_model(
     Raises ValueError: no record can be trained on.
     """
     source = Path(__file__).read_text(encoding="utf-8")
-    chosen = {name: fields.get(name) for name in ("template", "marker", "max_length")}
-    content = [source, vocabulary_size, steps, list(map(record_to_row, records)), scale.labels, chosen]
+    chosen = {name: fields.get(name) for name in ("template", "marker", "max_length", "any_scale")}
+    chosen |= {"scale": scale_cell(scale), "units": (units := fields.get("units")) and scale_cell(units)}
+    content = [source, vocabulary_size, steps, list(map(record_to_row, records)), chosen]
     folder = cache_folder() / f"toy_seed_model-{digest(content)}"
     if folder.exists():
         logger.info("the toy seed model is at %s", folder)

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 
 from tract_lite.data.jsonl import write_json
 from tract_lite.loss.cot_raft import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
-from tract_lite.loss.label_trees import cot_raft_tree_loss
+from tract_lite.loss.label_trees import LabelTrees, cot_raft_tree_loss
 from tract_lite.metrics import evaluate
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.branches import label_trees, node_states, raft_factor
@@ -68,7 +68,7 @@ class CotRaftTrainer(Trainer):
             self.add_callback(_ShowFigures())
         # Our loss divides by the counts of the step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-        self._head, self._head_options = lm_head_weight(model), head_options(model)
+        self.head, self.head_options = lm_head_weight(model), head_options(model)
         self._score_ids = torch.tensor([label[0] for label in spec.label_ids], device=self.args.device)
         self._score_values = torch.tensor(spec.scale.values, device=self.args.device)
         self._meter = _Meter(self.args.device)
@@ -112,17 +112,23 @@ class CotRaftTrainer(Trainer):
         examples, lengths, ids = batch.pop("examples"), batch.pop("score_lengths"), batch.pop("input_ids")
         # Padding is behind all real tokens, which never read it: a mask would only take time.
         unmasked = torch.ones_like(batch.pop("attention_mask"))
-        batch |= {"ce_on_score": self.settings.ce_on_score, **self._head_options}
+        batch |= {"ce_on_score": self.settings.ce_on_score, **self.head_options}
         if self.is_flat:
             hidden = hidden_states(model, ids, unmasked)
             batch |= {"score_token_ids": self._score_ids, "score_values": self._score_values}
             factor = raft_factor(self._spec.scale.width)
-            return cot_raft_loss(hidden, self._head, raft_weight=self.settings.raft_weight * factor, **batch)
-        trees, nodes = label_trees(examples, self.end_id)
-        hidden, states = node_states(model, examples, ids, nodes)
-        batch |= {"trees": trees.to(ids.device), "node_states": states}
+            return cot_raft_loss(hidden, self.head, raft_weight=self.settings.raft_weight * factor, **batch)
+        trees, hidden, states = self.read_trees(model, examples, ids)
+        batch |= {"trees": trees, "node_states": states}
         batch["score_spans"] = torch.stack([batch.pop("score_positions"), lengths], dim=1)
-        return cot_raft_tree_loss(hidden, self._head, raft_weight=self.settings.raft_weight, **batch)
+        return cot_raft_tree_loss(hidden, self.head, raft_weight=self.settings.raft_weight, **batch)
+
+    def read_trees(
+        self, model: Any, examples: Sequence[Example], ids: torch.Tensor
+    ) -> tuple[LabelTrees, torch.Tensor, torch.Tensor]:
+        """The labels' trees of sequences, the hidden states of these, and of the trees' nodes."""
+        trees, nodes = label_trees(examples, self.end_id)
+        return trees.to(ids.device), *node_states(model, examples, ids, nodes)
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         return collate(examples, self._pad_id)
