@@ -62,13 +62,13 @@ def run(way: str, seed: int, folder: Path, sizes: tuple[int, int, int]) -> dict[
     stage_2 = train_adapter(own, folder / "stage2", **how)
     kept = example.make_items(held_out, example.HELD_OUT_SEED, POINTS)
     with reasoning_judge(stage_2, parallel=250) as judge:
-        judged = list(judge.score_many([item.record for item in kept], seed=seed))
+        judged = list(judge.score_many([item.record for item in kept], seed=seed, resume=folder / "judged.jsonl"))
     golds = [item.record.score or 0.0 for item in kept]
     figures = {
         "rmse": evaluate([one.score for one in judged], golds)["rmse"],
         "rmse of the best": evaluate([item.mean for item in kept], golds)["rmse"],
         "mass": fmean(one.mass for one in judged),
-        "end_mass": fmean(one.end_mass for one in judged),
+        "end_mass": fmean([one.end_mass for one in judged], weights=[one.probabilities.get("1", 1) for one in judged]),
     }
     done.write_text(json.dumps({**figures, "settings": asdict(settings)}, indent=1), encoding="utf-8")
     return figures
