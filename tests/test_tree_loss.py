@@ -512,3 +512,16 @@ def test_a_batch_tells_where_each_label_begins_and_how_long_it_is():
         path = list(spec.label_ids[label])
         assert row[start : start + len(path) + 1] == [*path, spec.eos_id]
     assert (batch["labels"] != IGNORE_INDEX).sum(1).diff().tolist() == [-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_said_where_branches_cost_whole_sequences(seed_model, tmp_path, caplog, checkpointing):
+    model, tokenizer = load_exact(seed_model)
+    model, spec = add_lora(model, gradient_checkpointing=checkpointing), make_spec(tokenizer, TEN, max_length=128)
+    # Of ten labels, 1 and 10 hold the one branch of their tree themselves.
+    some = encoded(records_on(TEN, count=10), spec, tokenizer)
+    with caplog.at_level("WARNING"):
+        CotRaftTrainer(model, some, spec, tokenizer, tmp_path, TrainSettings())
+    own = sum(example.tokens.labels[example.label][:1] == example.tokens.labels[1][:1] for example in some)
+    said = f"each sequence is read {1 - own / len(some):.1f} times more"
+    assert (said in caplog.text) == checkpointing and 0 < own < len(some)

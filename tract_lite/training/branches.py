@@ -4,6 +4,7 @@ A sequence holds its own label. What else is read of the tree, such as what the 
 where the label is 7, is a branch: the label's beginning after the same prompt and reasoning.
 """
 
+from statistics import fmean
 from typing import Any, Sequence
 
 import torch
@@ -69,6 +70,13 @@ def _asked(example: Example, node: Path, end_id: int) -> Path:
     """The tokens read after a node: those that lead on and, behind a label, the end token."""
     following = example.tokens.following[node]
     return (*following, end_id) if node in example.tokens.worth else following
+
+
+def extra_rows(model: Any, examples: Sequence[Example]) -> float:
+    """How many sequences more, for each one, the model reads for branches; 0: suffixes do."""
+    if goes_on_from_prefixes(model):
+        return 0.0
+    return fmean(len(branches_of([one], [(0, node) for node in one.tokens.following])) for one in examples)
 
 
 def branches_of(examples: Sequence[Example], nodes: Sequence[Node]) -> list[Node]:

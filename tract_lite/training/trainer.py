@@ -19,7 +19,7 @@ from tract_lite.loss.cot_raft import IGNORE_INDEX, CotRaftLoss, cot_raft_loss
 from tract_lite.loss.label_trees import LabelTrees, cot_raft_tree_loss
 from tract_lite.metrics import evaluate
 from tract_lite.spec import JudgeSpec
-from tract_lite.training.branches import label_trees, node_states, raft_factor
+from tract_lite.training.branches import extra_rows, label_trees, node_states, raft_factor
 from tract_lite.training.encode import Example, LengthGroupedSampler, collate
 from tract_lite.training.layers import head_options, lm_head_weight
 from tract_lite.training.seed_model import compute_dtype, hidden_states
@@ -27,6 +27,10 @@ from tract_lite.training.settings import COMPLETE_FILE, NEAREST, TrainSettings
 
 logger = logging.getLogger(__name__)
 
+ROWS = (
+    "labels of several tokens: here each sequence is read %.1f times more for them"
+    "\n--remap 0-9, or a scale of wider steps, is the cheaper way"
+)
 # Of the log, what is shown while training; `stage.json` has the rest.
 SHOWN_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens_per_second")
 
@@ -49,6 +53,8 @@ class CotRaftTrainer(Trainer):
         steps = settings.steps(len(examples))
         learning_rate, reason = settings.pick_learning_rate(steps)
         logger.info("%d sequences, %d steps, learning rate %g (%s)", len(examples), steps, learning_rate, reason)
+        if rows := extra_rows(model, examples):
+            logger.warning(ROWS, rows)
         arguments = _arguments(settings, out_dir, learning_rate, compute_dtype(model), bool(validation))
         self.settings, self._spec, self._pad_id, self.end_id = settings, spec, tokenizer.pad_token_id, spec.eos_id
         # One token after the marker tells all, in every sequence.
