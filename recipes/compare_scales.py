@@ -3,14 +3,14 @@
     python recipes/compare_scales.py --seeds 1 2 3 4 5      # about three hours on two cores
     python recipes/compare_scales.py --quick --seeds 1      # shows the way, and says nothing
 
-The built-in example, in which tip n is worth n points. Each way has a toy seed model of its own,
-which has learnt to write its labels, and both stages of the method. What is done is kept in --out.
+The built-in example, in which tip n is worth n points. All ways begin with one toy seed model, which
+has met the labels of all of them, and take both stages. What is done is kept in --out.
 """
 
 import argparse
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Sequence
@@ -51,8 +51,7 @@ def run(way: str, seed: int, folder: Path, sizes: tuple[int, int, int]) -> dict[
     training, held_out, steps = sizes
     how: dict[str, Any] = {**WAYS[way], "template": example.TEMPLATE, "max_length": 256}
     how["sampling"] = Sampling(max_new_tokens=96)
-    made = example.pretraining_records(POINTS)
-    seed_model = make_toy_seed_model(made, vocabulary_size=800, steps=steps, **how)
+    seed_model = make_seed_model(steps, how)
     items = [item.record for item in example.make_items(training, example.TRAINING_SEED, POINTS)]
     settings = TrainSettings(batch_size=16, micro_batch_size=16, learning_rate=6e-3, seed=seed)
     how |= {"seed_model": seed_model, "settings": settings, "gradient_checkpointing": False}
@@ -72,6 +71,15 @@ def run(way: str, seed: int, folder: Path, sizes: tuple[int, int, int]) -> dict[
     }
     done.write_text(json.dumps({**figures, "settings": asdict(settings)}, indent=1), encoding="utf-8")
     return figures
+
+
+def make_seed_model(steps: int, how: dict[str, Any]) -> Path:
+    """A toy that has learnt to judge with the labels of each way, a third of the records each."""
+    scales = [way["scale"] for way in WAYS.values()]
+    records = example.pretraining_records(POINTS)
+    mixed = [replace(record, scale=scales[place % len(scales)]) for place, record in enumerate(records)]
+    asked = {name: how[name] for name in ("template", "max_length", "sampling")}
+    return make_toy_seed_model(mixed, SCALE, any_scale=True, vocabulary_size=800, steps=steps, **asked)
 
 
 def interval(values: Sequence[float]) -> str:

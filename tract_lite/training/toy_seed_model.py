@@ -82,7 +82,8 @@ def _texts(records: Sequence[Record], scale: ScoreScale, fields: dict[str, Any])
     ids = {name: () for name in ("chat", "marker_ids", "label_ids", "pieces")}
     spec = JudgeSpec(eos_id=0, scale=scale, **{"template": DEFAULT_TEMPLATE, **ids, **fields})
     for number, record in enumerate(records):
-        label = scale.labels[number % len(scale.labels)]
+        labels = (record.scale or scale).labels
+        label = labels[number % len(labels)]
         yield f"{render(record, spec)}{record.feedback} {spec.marker} {label}"
 
 
