@@ -3,7 +3,7 @@
     python recipes/compare_scales.py --seeds 1 2 3 4 5      # about three hours on two cores
     python recipes/compare_scales.py --quick --seeds 1      # shows the way, and says nothing
 
-The built-in example, in which tip n is worth n points. All ways begin with one toy seed model, which
+The built-in example, in which tip n is worth n points. All ways begin with one toy seed model that
 has met the labels of all of them, and take both stages. What is done is kept in --out.
 """
 
