@@ -21,6 +21,7 @@ from servers import llama_server_path
 from tiny import make_plain_judge
 
 from tract_lite.engines.llama_cpp import has_amx, read_spec
+from tract_lite.scale import ScoreScale
 from tract_lite.training.seed_model import load_seed
 
 pytestmark = pytest.mark.export
@@ -181,6 +182,18 @@ def test_the_random_models_have_the_size_of_the_real_ones(load, model, count):
     skeleton = load("train_gpu").make_skeleton(model, torch.bfloat16)
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in skeleton.parameters()) == count
+
+
+def test_the_step_of_each_scale_is_measured_both_ways(load, monkeypatch, tmp_path):
+    scales, train_cpu = load("scales"), load("train_cpu")
+    monkeypatch.setitem(train_cpu.SHAPES, "toy", (64, 128, 1, 4, 2, 300, 2, 32))
+    train_cpu.write_model("toy", tmp_path)
+    for way in scales.WAYS:
+        figures = scales.measure(way, str(tmp_path), "toy", repeats=1)
+        assert figures["seconds"] > 0 and figures.keys() == {"seconds", "peak"}
+    examples = scales.make_examples(ScoreScale.parse("1-10"), 2, 32, 300)
+    # The lowest label and the highest one, of two tokens.
+    assert [example.ids[example.score_position : -1] for example in examples] == [[4], [4, 3]]
 
 
 def test_training_on_a_cpu_computes_the_same_in_every_precision(load, monkeypatch, capsys):
@@ -457,10 +470,10 @@ def test_the_repacked_way_is_left_out_with_amx_and_asked_for_without(load, path,
     assert [job["amx"] for job in jobs] == [amx] * (11 - amx)
     assert sum(job["way"]["repack"] for job in jobs) == 1 - amx
     speeds, memory = read_tables(f"{comparison.speed_table(results)}\n\n{comparison.memory_table(results)}")
-    assert len(speeds) == 11 and len(memory) == 6 - amx
+    assert len(speeds) == 13 and len(memory) == 8 - amx
     assert speeds["llama-server, unrelated prompts"][1] == "no llama-server"
     assert (speeds["ours, the same, repacked"][1] == "crashes with AMX") == amx
-    assert sum("bar" in row[4] for row in speeds.values()) == 4
+    assert sum("bar" in row[4] for row in speeds.values()) == 6
 
 
 @pytest.mark.parametrize("choice", [{}, {"flash": True}, {"apart": False, "prompts": 2}])
