@@ -195,7 +195,7 @@ class Judgement:
         if self.mass < LOW_MASS:
             normalised = f"the score is pulled down, normalised to them it is {self.normalised_score:.2f}"
             yield f"only {self.mass:.2f} of the probability lies on the labels: {normalised}"
-        if self.error_bound:
+        if self.missing_mass and self.error_bound:
             missed = f"the top log-probabilities, which miss {self.missing_mass:.2g} of the probability"
             yield f"read from {missed}: the score may be off by {self.error_bound:.2g}"
 

@@ -85,7 +85,8 @@ def encode_record(
         raise Unusable(str(error)) from error
     label = scale.nearest(record.score)
     ids = [*prompt, *reasoning, *tokens.marker, *tokens.labels[label], spec.eos_id]
-    if len(ids) > spec.max_length:
+    # Other branches of the labels' tree may be longer than the gold label.
+    if len(ids) - len(tokens.labels[label]) + tokens.longest > spec.max_length:
         raise Unusable(f"longer than {spec.max_length} tokens (--max-length)")
     given = len(prompt) + len(tokens.marker) * direct
     shares = _shares(scale, golds[1:] or golds) if soft else {label: 1.0}

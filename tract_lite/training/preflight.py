@@ -69,7 +69,7 @@ def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocab
     """The score tokens of each sequence spell the label that is nearest to its gold score."""
     for example in examples:
         # Other scales than the spec's are encoded with this vocabulary, just before.
-        if example.tokens.values != spec.scale.values:
+        if example.tokens != spec.tokens:
             continue
         label = spec.scale.labels[spec.scale.nearest(example.target)]
         start = example.score_position

@@ -30,7 +30,7 @@ from tract_lite.training.seed_model import (
     longest_sequence,
     open_seed_model,
 )
-from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SeedOptions, TrainSettings
+from tract_lite.training.settings import ADAPTER, DEFAULT_SETTINGS, RESULT_FILE, SOFT, SeedOptions, TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer, is_complete
 from tract_lite.vocabulary import TransformersVocabulary
 
@@ -129,7 +129,8 @@ def train_stage(
     check_length(longest_sequence(model), spec.max_length)
     vocabulary = TransformersVocabulary(tokenizer)
     share = settings.direct_share
-    examples, dropped = encode_records(records, spec, vocabulary, direct_share=share, seed=settings.seed, required=True)
+    how: dict[str, Any] = {"direct_share": share, "soft": settings.target == SOFT, "seed": settings.seed}
+    examples, dropped = encode_records(records, spec, vocabulary, **how, required=True)
     validated, unscored = encode_records(validation, spec, vocabulary, direct_share=float(share == 1))
     for what, given, reasons in (("records", records, dropped), ("validation records", validation, unscored)):
         for reason, number in sorted(reasons.items()):

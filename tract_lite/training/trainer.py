@@ -158,6 +158,8 @@ def _arguments(
     options |= {"lr_scheduler_type": settings.scheduler, "optim": settings.optimizer, "weight_decay": 0.0}
     options |= {"max_grad_norm": settings.max_grad_norm, "remove_unused_columns": False}
     options |= {"fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
+    # How often a process computes hangs on its own sequences, and buffers are constants.
+    options |= {"ddp_broadcast_buffers": False}
     options |= {"use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
     options |= {"save_steps": every, "save_total_limit": 2, "logging_steps": settings.log_every, "report_to": "none"}
     options |= {"eval_strategy": "steps" if validated else "no", "eval_steps": every}
