@@ -525,3 +525,15 @@ def test_it_is_said_where_branches_cost_whole_sequences(seed_model, tmp_path, ca
     own = sum(example.tokens.labels[example.label][:1] == example.tokens.labels[1][:1] for example in some)
     said = f"each sequence is read {1 - own / len(some):.1f} times more"
     assert (said in caplog.text) == checkpointing and 0 < own < len(some)
+
+
+def test_a_stage_learns_both_neighbours_of_a_score_between_labels_where_its_target_is_soft(seed_model, tmp_path):
+    records = [replace(record, score=record.score + 0.5) for record in records_on(ScoreScale.integers(1, 4), count=8)]
+    records = [replace(record, score=min(record.score, 3.5)) for record in records]
+    first = []
+    for target in ("nearest", "soft"):
+        model, tokenizer = load_exact(seed_model)
+        model, spec = add_lora(model), make_spec(tokenizer, ScoreScale.integers(1, 4), max_length=128)
+        asked = TrainSettings(target=target, max_steps=1, log_every=1)
+        first.append(train_stage(model, tokenizer, records, spec, tmp_path / target, asked)["log"][0]["ce"])
+    assert abs(first[0] - first[1]) > 1e-3

@@ -151,9 +151,10 @@ class ScoreScale:
 
     @property
     def named(self) -> str:
-        """The labels as a prompt names them; of many, the first and the last ones."""
+        """The labels as a prompt names them; of many in even steps, the first and the last."""
         labels = self.labels
-        if len(labels) > MOST_NAMED:
+        # Only even steps can be guessed.
+        if len(labels) > MOST_NAMED and "=" not in str(self):
             labels = (*labels[:3], "...", *labels[-2:])
         return ", ".join(labels)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Sequence
 
 from tract_lite.data.records import read_records, split_records, with_own_ids
-from tract_lite.data.scales import propose_scale
+from tract_lite.data.scales import propose_scale, read_scale, scale_cell
 from tract_lite.record import Record
 from tract_lite.scale import ScoreScale
 
@@ -32,7 +32,7 @@ class Splits:
     @property
     def scale(self) -> ScoreScale | None:
         """The scale that the data have proposed."""
-        return ScoreScale.parse(self.counts["scale"]) if "scale" in self.counts else None
+        return read_scale(self.counts.get("scale"))
 
     @property
     def records(self) -> list[Record]:
@@ -86,7 +86,7 @@ def read_splits(
     counts["pairs"] = sum(len(item.pairs()) for item in scored)
     counts["held_out_pairs"] = sum(len(item.pairs()) for item in kept)
     if scale is None:
-        counts["scale"] = str(propose_scale([*items, *measured]))
+        counts["scale"] = scale_cell(propose_scale([*items, *measured]))
     return Splits(rest, validation, [replace(item, annotations=()) for item in kept], counts)
 
 

@@ -48,7 +48,11 @@ def write_table(path: Path, rows: Iterable[Row], scales: Sequence[Values], given
     figures += [*(f"p_{label}" for label in labels), "error_bound"]
     ours = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
     ours |= {"error": "string", "gold": "double", "feedback": "string"}
-    if len(scales) > 1 or any(_number(label) != value for values in scales for label, value in values.items()):
+    if (
+        "scale" in own
+        or len(scales) > 1
+        or any(_number(label) != value for values in scales for label, value in values.items())
+    ):
         ours["scale"] = "string"
     if "id" in own and all(str(row.get("id")) == name for name, row in given.items()):
         del ours["id"]

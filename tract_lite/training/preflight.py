@@ -21,7 +21,7 @@ from tract_lite.training.encode import Example, collate
 from tract_lite.training.layers import full_logits
 from tract_lite.training.seed_model import compute_dtype, hidden_states
 from tract_lite.training.trainer import CotRaftTrainer
-from tract_lite.vocabulary import Vocabulary
+from tract_lite.vocabulary import Vocabulary, clean_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def check_labels(examples: Sequence[Example], spec: JudgeSpec, vocabulary: Vocab
         label = spec.scale.labels[spec.scale.nearest(example.target)]
         start = example.score_position
         spelled = vocabulary.decode(example.ids[start : start + len(example.tokens.labels[example.label])])
-        if spelled.strip() != label.strip():
+        if spelled.strip() != clean_text(label):
             fault = f"a score token spells {spelled!r}, its gold label is {label!r}"
             advice = "the spec belongs to another vocabulary: make it with this tokenizer, by make_spec"
             raise RuntimeError(f"preflight: {fault}\n{advice}")
