@@ -395,3 +395,12 @@ def test_a_judgement_tells_the_end_mass_of_its_reasonings(reader):
     assert judgement.end_mass == pytest.approx(np.mean([sample.end_mass for sample in samples]))
     assert 0 < judgement.end_mass < 1 and Judgement.from_row(judgement.to_row()).end_mass == judgement.end_mass
     assert judge.score(replace(record, scale=None), n_cot=3).end_mass == 1
+
+
+def test_what_is_unseen_after_a_label_may_be_no_label_at_all():
+    # 1 leads on to 1 4 0 alone; the 4 is not seen, and what follows it may be anything.
+    tokens = ScoreTokens((0,), ((1,), (1, 4, 0)), (0.75, 0.5))
+    reading = LabelReading(tokens, END)
+    reading.add((), read_top_log_probabilities([(1, 0.0)], reading.asked(())))
+    reading.add((1,), read_top_log_probabilities([(END, math.log(0.9))], reading.asked((1,))))
+    assert reading.error_bound == pytest.approx(0.1 * 0.75)

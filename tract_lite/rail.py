@@ -124,8 +124,9 @@ class LabelReading:
             self._ended += mass * math.exp(found.log_probabilities[-1])
         unseen = [(*node, token) for token, one in zip(following, after) if one == -math.inf]
         if unseen and found.unseen_mass:
-            # What lies there is counted as the label's where the node is one, else not at all.
-            distance = max(self._tokens.reach(path, value or 0.0) for path in unseen)
+            # What lies there is counted as the label's where the node is one, else not at all. In
+            # truth it may be that of labels further on, or of none.
+            distance = max(abs(value or 0.0), *(self._tokens.reach(path, value or 0.0) for path in unseen))
             self.error_bound += mass * found.unseen_mass * distance
         leading = [path for path in ((*node, token) for token in following) if path in self._tokens.following]
         for path in sorted(leading, key=self._paths.__getitem__):
