@@ -243,7 +243,7 @@ class Judge:
             if low:
                 logger.warning(WARNING, low, count, LOW_MASS)
             for what, number in off.items():
-                logger.warning("%d of %d items: %s (%s)", number, count, what, self.spec.scale)
+                logger.warning("%d of %d items: %s (%s)", number, count, what, self.spec.units or self.spec.scale)
         if broken:
             raise broken[0]
 

@@ -101,9 +101,8 @@ class LabelReading:
         self.missing_mass = self.error_bound = 0.0
 
     def asked(self, node: Path) -> Path:
-        """The tokens to read after a node: those that lead on and, after a label, the end token."""
-        following = self._tokens.following[node]
-        return (*following, self._end_id) if node in self._tokens.worth else following
+        """The tokens to read after a node."""
+        return self._tokens.asked(node, self._end_id)
 
     def add_logits(self, node: Path, logits: np.ndarray) -> None:
         """Take the logits (V,) after a node."""

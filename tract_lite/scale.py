@@ -223,6 +223,16 @@ class ScoreTokens:
                 found.setdefault(label[:length], {})[token] = None
         return {node: tuple(found[node]) for node in sorted(found, key=len)}
 
+    def asked(self, node: Path, end_id: int) -> Path:
+        """The tokens to read after a node: those that lead on and, after a label, the end token."""
+        following = self.following[node]
+        return (*following, end_id) if node in self.worth else following
+
+    @property
+    def width(self) -> float:
+        """From the lowest value to the highest."""
+        return max(self.values) - min(self.values)
+
     @cached_property
     def worth(self) -> dict[Path, float]:
         """The value of each label, by its path."""

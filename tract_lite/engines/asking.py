@@ -57,7 +57,8 @@ class Asking:
         values = dict(zip(scale.labels, scale.values))
         if isinstance(answer, Exception):
             kind = "" if isinstance(answer, (ValueError, RuntimeError)) else type(answer).__name__
-            text = ": ".join(filter(None, (kind, str(answer)))) or type(answer).__name__
+            # A row of judgements is read in a line.
+            text = ": ".join(filter(None, (kind, "; ".join(str(answer).splitlines())))) or type(answer).__name__
             return Judgement(name, error=text, values=values)
         rows = np.exp([sample.label_log_probabilities for sample in answer])
         if np.isnan(rows).any():

@@ -253,8 +253,8 @@ def _report(name: str, parity: Parity, spec: JudgeSpec, limit: int | None = None
         there, others = f"{parity.long_distance:.4f} at {parity.long_tokens} tokens", f"{parity.mean_distance:.4f}"
         fault = f"llama.cpp reads long records otherwise: distributions differ by {there}, those of others by {others}"
         logger.warning("%s: %s\n%s, or take another seed model", name, fault, shorter)
-    values, bound = spec.scale.values, BOUNDS.get(name, math.inf)
-    wide = bound * (max(values) - min(values)) / BOUNDS_RANGE
+    bound = BOUNDS.get(name, math.inf)
+    wide = bound * spec.scale.width / BOUNDS_RANGE
     for what, got, most in (("scores", parity.mean_difference, wide), ("distributions", parity.mean_distance, bound)):
         if not got <= most:
             far = f"differ by {got:.4f} from those of transformers, more than the {most:.4f} that this type may cost"

@@ -32,7 +32,7 @@ def label_trees(examples: Sequence[Example], end_id: int) -> tuple[LabelTrees, l
     """The trees of the examples' labels, and their nodes in the order of the trees."""
     nodes = [(row, node) for row, example in enumerate(examples) for node in example.tokens.following]
     places = {node: place for place, node in enumerate(nodes)}
-    asked = [_asked(examples[row], node, end_id) for row, node in nodes]
+    asked = [examples[row].tokens.asked(node, end_id) for row, node in nodes]
     width = max(map(len, asked))
     nowhere = len(nodes) * width
     paths, ends, stops, rows, values, shares = [], [], [], [], [], []
@@ -51,7 +51,6 @@ def label_trees(examples: Sequence[Example], end_id: int) -> tuple[LabelTrees, l
     tokens = pad_sequence([torch.tensor(one) for one in asked], batch_first=True)
     following = [len(examples[row].tokens.following[node]) for row, node in nodes]
     leads = torch.arange(width) < torch.tensor(following)[:, None]
-    widths = [max(example.tokens.values) - min(example.tokens.values) for example in examples]
     trees = LabelTrees(
         tokens=tokens,
         leads=leads,
@@ -61,15 +60,9 @@ def label_trees(examples: Sequence[Example], end_id: int) -> tuple[LabelTrees, l
         rows=torch.tensor(rows),
         values=torch.tensor(values, dtype=torch.float64),
         shares=torch.tensor(shares, dtype=torch.float64),
-        weights=torch.tensor(list(map(raft_factor, widths)), dtype=torch.float64),
+        weights=torch.tensor([raft_factor(example.tokens.width) for example in examples], dtype=torch.float64),
     )
     return trees, nodes
-
-
-def _asked(example: Example, node: Path, end_id: int) -> Path:
-    """The tokens read after a node: those that lead on and, behind a label, the end token."""
-    following = example.tokens.following[node]
-    return (*following, end_id) if node in example.tokens.worth else following
 
 
 def extra_rows(model: Any, examples: Sequence[Example]) -> float:

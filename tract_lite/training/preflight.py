@@ -93,7 +93,7 @@ def check_loss(trainer: CotRaftTrainer, batch: dict[str, Any]) -> tuple[float, f
         ours = trainer.loss_of(trainer.model, batch)
         ce, expected = plain_terms(trainer, batch)
         trainer.model.train()
-    widths = expected.new_tensor([max(one.tokens.values) - min(one.tokens.values) for one in batch["examples"]])
+    widths = expected.new_tensor([one.tokens.width for one in batch["examples"]])
     same_scores, plain = (
         (ce + trainer.settings.raft_weight * (raft_factor(widths) * (scores - batch["targets"]).square()).mean()).item()
         for scores in (ours.predictions, expected)

@@ -107,9 +107,9 @@ class CotRaftTrainer(Trainer):
         predictions, targets = result.predictions, inputs["targets"]
         if self._spec.any_scale:
             # Of several scales, each error counts by its share of the width.
-            ends = [(min(one.tokens.values), max(one.tokens.values)) for one in inputs["examples"]]
-            low, high = torch.tensor(ends, dtype=targets.dtype, device=targets.device).T
-            predictions, targets = (predictions - low) / (high - low), (targets - low) / (high - low)
+            ends = [(min(one.tokens.values), one.tokens.width) for one in inputs["examples"]]
+            low, width = torch.tensor(ends, dtype=targets.dtype, device=targets.device).T
+            predictions, targets = (predictions - low) / width, (targets - low) / width
         return result.loss, predictions, targets
 
     def loss_of(self, model: Any, inputs: dict[str, Any]) -> CotRaftLoss:
