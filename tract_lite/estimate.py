@@ -12,7 +12,7 @@ from typing import Any, Sequence
 
 import torch
 
-from tract_lite.engines.pace import measure_length, measure_pace
+from tract_lite.engines.pace import Length, measure_length, measure_pace
 from tract_lite.engines.task import Task, room_for
 from tract_lite.export.reasoning_judge import LLAMA_CPP, TRANSFORMERS, open_fastest, open_in_llama_cpp
 from tract_lite.judge import Judge
@@ -70,7 +70,7 @@ def estimate_run(
         share, lacking = len(records) / max(1, len(sample)), 0
     encode = partial(_examples, sample, spec, TransformersVocabulary(tokenizer))
     seconds: dict[str, float] = {}
-    length = 1.0
+    length = Length(1.0, 1.0)
     if parallel is not None:
         prompts = [example.ids[: example.prompt_length] for example in encode(length)]
         by_transformers = partial(Judge.from_model, model, tokenizer, spec, parallel)
@@ -84,10 +84,13 @@ def estimate_run(
         lengths = [len(example.ids) - example.prompt_length for example in encode(length)]
         each = pace.seconds(list(map(len, prompts)), lengths) / len(prompts)
         seconds["seed_reasonings"] = lacking * each
-        seconds["reasonings"] = (len(records) + len(validation)) * each
+        # What the seed model is cut off at is left out from then on.
+        given = len(records) + len(validation) - lacking
+        seconds["reasonings"] = (given + lacking * length.ends) * each
     for_training(model)
     examples = encode(length, direct_share=settings.direct_share)
-    count = max(1, round(len(examples) * share))
+    bare = sum(map(_lacks, sample)) / len(sample)
+    count = max(1, round(len(examples) * share * (1 - bare + bare * length.ends)))
     with TemporaryDirectory() as folder:
         # Repeated, they are as many as there will be.
         repeated = (examples * -(-count // len(examples)))[:count]
@@ -122,7 +125,7 @@ def _examples(
     records: Sequence[Record],
     spec: JudgeSpec,
     vocabulary: TransformersVocabulary,
-    length: float,
+    length: Length,
     direct_share: float = 0.0,
 ) -> list[Example]:
     """The records' examples; where a record lacks a reasoning, with one of that length."""
@@ -132,7 +135,7 @@ def _examples(
             room = room_for(Task(prompt_ids(record, spec, vocabulary), [0]), spec, spec.max_length)
         except ValueError:
             return record
-        return replace(record, feedback_ids=spec.label_ids[0][:1] * max(1, min(round(length), room)))
+        return replace(record, feedback_ids=spec.label_ids[0][:1] * max(1, min(round(length.tokens), room)))
 
     filled = [filled_in(record) if _lacks(record) else record for record in records]
     return encode_records(filled, spec, vocabulary, direct_share=direct_share, required=True)[0]
