@@ -192,8 +192,8 @@ def test_the_step_of_each_scale_is_measured_both_ways(load, monkeypatch, tmp_pat
         figures = scales.measure(way, str(tmp_path), "toy", repeats=1)
         assert figures["seconds"] > 0 and figures.keys() == {"seconds", "peak"}
     examples = scales.make_examples(ScoreScale.parse("1-10"), 2, 32, 300)
-    # The lowest label and the highest one, of two tokens.
-    assert [example.ids[example.score_position : -1] for example in examples] == [[4], [4, 3]]
+    # All are 6, and none holds the 1 that 10 begins with.
+    assert [example.ids[example.score_position : -1] for example in examples] == [[9], [9]]
 
 
 def test_training_on_a_cpu_computes_the_same_in_every_precision(load, monkeypatch, capsys):
