@@ -93,6 +93,28 @@ def test_a_proposal_says_why_and_how_to_name_another(caplog):
     assert said.endswith("; --scale names another")
 
 
+def described(labels: str, score: float) -> Record:
+    return Record(rubric=Rubric("c", {label: f"level {label}" for label in labels.split()}), score=score)
+
+
+def test_a_few_scores_off_the_described_labels_make_no_other_scale():
+    records = [described("1 2 3 4 5", 1 + n % 5) for n in range(29)]
+    assert propose_scale(records) == ScoreScale.integers(1, 5)
+    with pytest.raises(ValueError) as refused:
+        propose_scale([*records, described("1 3 5", 45)])
+    assert str(refused.value).splitlines() == [
+        "1 of 30 gold scores, such as 45, are off 1-5, which the rubrics describe",
+        "--scale 1-5 --skip-bad leaves them out, --scale may name another",
+    ]
+    assert propose_scale([described("1 2 3", score) for score in (1, 2, 9)]) == ScoreScale.integers(1, 10)
+
+
+def test_rubrics_of_several_scales_are_not_thrown_together():
+    with pytest.raises(ValueError, match="the rubrics describe several scales: 1-5, 1-10\n.*a column `scale`"):
+        propose_scale([described("1 2 3 4 5", 5), described("1 4 7 10", 5)])
+    assert propose_scale([described("1 2 3 4 5", 5), described("1 5", 3)]) == ScoreScale.integers(1, 5)
+
+
 def test_every_annotators_score_counts_for_a_proposal():
     assert propose_scale([Record(score=4.0, gold_scores=(3.0, 5.0)), Record(score=1.0)]) == ScoreScale.integers(1, 5)
     assert propose_scale([Record(score=4.0, gold_scores=(0.0, 8.0))]) == ScoreScale.integers(0, 10)
@@ -193,9 +215,18 @@ def test_a_date_that_a_spreadsheet_has_made_of_a_scale_is_told_to_be_a_text():
 
 def test_two_scales_of_one_row_are_refused():
     row = {"response": "r", "scale": "1-5", "rubric": {"criteria": "c", "scale": "1-10"}}
-    with pytest.raises(ValueError, match="two scales, 1-5 and 1-10: --columns scale= leaves the column out"):
+    with pytest.raises(ValueError, match="two scales, 1-5 and 1-10: --columns scale= leaves both out"):
         records_from([row])
+    assert records_from([row], columns={"scale": ""})[0].scale is None
     assert records_from([{**row, "scale": "1-10"}])[0].scale == TEN
+
+
+def test_the_scale_of_a_rubric_can_be_left_out_too():
+    row = {"response": "r", "rubric": {"criteria": "c", "scale": "from good to bad"}}
+    with pytest.raises(ValueError, match="'from good to bad' can't be read: .*: --columns scale= leaves it out"):
+        records_from([row])
+    [record] = records_from([row], columns={"scale": ""})
+    assert record.scale is None and record.rubric == Rubric("c")
 
 
 def test_a_rubric_for_all_rows_has_no_scale_of_its_own(tmp_path):

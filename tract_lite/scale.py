@@ -102,7 +102,7 @@ class ScoreScale:
         between two labels are no fault: training takes their value.
         Raises ValueError: there is neither a gold score nor a described number.
         """
-        found, numbers = [float(gold) for gold in golds], _numbers(described)
+        found, numbers = [float(gold) for gold in golds], numbers_in(described)
         if numbers and all(numbers[0] <= gold <= numbers[-1] for gold in found):
             step = min(after - before for before, after in pairwise(numbers))
             is_even = all((number - numbers[0]) % step == 0 for number in numbers)
@@ -182,7 +182,7 @@ class ScoreScale:
         return {below: 1 - share, above: share}
 
 
-def _numbers(labels: Iterable[str]) -> list[Decimal]:
+def numbers_in(labels: Iterable[str]) -> list[Decimal]:
     """Two or more labels as numbers, in order; none where one of them is a word."""
     try:
         numbers = sorted({Decimal(label) for label in labels})

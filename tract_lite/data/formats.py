@@ -48,7 +48,7 @@ def to_record(
         raise ValueError(f"a row must have named columns, got {shorten(row)}")
     row = flat(row)
     fields, parts = columns.fields(row), list[str]()
-    own = _own_scale(fields, with_rubric=rubric is None)
+    own = None if columns.given.get("scale") == "" else _own_scale(fields, with_rubric=rubric is None)
     if all(name in fields for name in BENCHMARK):
         record = _from_benchmark(fields, own or scale)
     else:
@@ -177,12 +177,16 @@ def _own_scale(fields: Fields, with_rubric: bool) -> ScoreScale | None:
     """The scale that a row names, in a column or in its rubric.
     Raises ValueError: it can't be read, or there are two.
     """
-    named = [read_scale(fields.take("scale"))]
+    cells = [fields.take("scale")]
     if with_rubric:
-        named += [read_scale(rubric_scale(fields.cell(name))) for name in ("rubric", "criteria")]
+        cells += [rubric_scale(fields.cell(name)) for name in ("rubric", "criteria")]
+    try:
+        named = [read_scale(cell) for cell in cells]
+    except ValueError as error:
+        raise ValueError(f"{error}: --columns scale= leaves it out") from error
     found = list(dict.fromkeys(scale for scale in named if scale is not None))
     if len(found) > 1:
-        raise ValueError(f"two scales, {found[0]} and {found[1]}: --columns scale= leaves the column out")
+        raise ValueError(f"two scales, {found[0]} and {found[1]}: --columns scale= leaves both out")
     return found[0] if found else None
 
 

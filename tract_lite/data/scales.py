@@ -1,6 +1,7 @@
 """The scales of records: one that a cell names, one that is proposed, whether there are several."""
 
 import logging
+import math
 from collections import Counter
 from datetime import date
 from functools import lru_cache
@@ -8,7 +9,7 @@ from reprlib import repr as shorten
 from typing import Any, Iterable, Mapping
 
 from tract_lite.record import Record
-from tract_lite.scale import ScoreScale
+from tract_lite.scale import ScoreScale, numbers_in
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ DEFAULT_SCALE = ScoreScale.integers(1, 5)
 AUTO = "auto"
 # Of described labels, a line names so many.
 MOST_SHOWN = 12
+# Up to this share of gold scores off the labels that rubrics describe, they are taken for mistakes.
+STRAY_SHARE = 0.1
 
 _parse = lru_cache(maxsize=1024)(ScoreScale.parse)
 
@@ -68,15 +71,21 @@ def propose_scale(records: Iterable[Record]) -> ScoreScale:
 
     Where nothing tells, it is the most frequent one of the others, or else 1-5. A line in the log
     says which, and why.
+    Raises ValueError: rubrics describe several scales, or a few gold scores are off theirs.
     """
     own, golds = Counter[ScoreScale](), list[float]()
     described: dict[str, None] = {}
+    spans: dict[tuple[str, str], None] = {}
     for record in records:
         if record.scale is not None:
             own[record.scale] += 1
             continue
         golds += golds_of(record)
-        described |= dict.fromkeys(record.rubric.descriptions if record.rubric else ())
+        levels = record.rubric.descriptions if record.rubric else {}
+        described |= dict.fromkeys(levels)
+        if len(numbers := numbers_in(levels)) > 2:
+            spans[str(numbers[0]), str(numbers[-1])] = None
+    _check_spans([*spans], golds)
     scale, reason = DEFAULT_SCALE, "nothing in the data tells another"
     try:
         scale = ScoreScale.proposed(golds, described)
@@ -87,6 +96,25 @@ def propose_scale(records: Iterable[Record]) -> ScoreScale:
             reason = f"the items' own{f', the most frequent of {len(own)}' if len(own) > 1 else ''}"
     logger.warning("scale: %s (%s); --scale names another", scale, reason)
     return scale
+
+
+def _check_spans(spans: list[tuple[str, str]], golds: list[float]) -> None:
+    """Raises ValueError: rubrics lead from one number to another in several ways, or in one that a
+    few gold scores are off.
+    """
+    named = [f"{low}-{high}" for low, high in spans]
+    if len(named) > 1:
+        raise ValueError(
+            f"the rubrics describe several scales: {', '.join(named[:MOST_SHOWN])}\n"
+            "--scale names one for all items, a column `scale` names each item's"
+        )
+    low, high = map(float, spans[0]) if spans else (-math.inf, math.inf)
+    strays = [gold for gold in golds if not low <= gold <= high]
+    if 0 < len(strays) <= STRAY_SHARE * len(golds):
+        raise ValueError(
+            f"{len(strays)} of {len(golds)} gold scores, such as {strays[0]:g}, are off {named[0]}, which the rubrics "
+            f"describe\n--scale {named[0]} --skip-bad leaves them out, --scale may name another"
+        )
 
 
 def brings_others(records: Iterable[Record], scale: ScoreScale, units: ScoreScale | None = None) -> bool:
