@@ -1,7 +1,7 @@
-"""What a run without data or without a seed model takes: ordinary files, made here.
+"""What a run without data or without a seed model takes: ordinary files, made or fetched here.
 
-The built-in example becomes data, held-out items and a template in the run's folder; a toy seed
-model is trained from nothing on the text that it is to judge.
+The built-in example becomes data, held-out items and a template in the run's folder; a small seed
+model comes from the network; a toy is trained from nothing on the text that it is to judge.
 """
 
 import logging
@@ -11,7 +11,17 @@ from typing import Sequence
 
 import example
 
-from tract_lite import Judgement, Preset, Record, Run, Splits, make_toy_seed_model, read_splits, write_records
+from tract_lite import (
+    Judgement,
+    Preset,
+    Record,
+    Run,
+    Splits,
+    make_toy_seed_model,
+    read_splits,
+    small_seed_model,
+    write_records,
+)
 
 logger = logging.getLogger("prepare")
 
@@ -26,11 +36,13 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
         files = {"data": "data.jsonl", "held_out": "held_out.jsonl", "template": "template.jinja"}
         preset = replace(preset, **{name: str(folder / file) for name, file in files.items()})
     data = run.data(read_splits, **preset.splits)
-    preset = preset.on(data.records, data.scale)
-    if preset.seed_model is None:
+    preset = preset.on(data.records, data.scale).taught_by(data.training)
+    if preset.seed_model == "small":
+        preset = replace(preset, seed_model=str(small_seed_model(preset.offline)))
+    elif preset.seed_model == "toy":
         if own_data:
             way = "to show the way; for a judge of use, choose a real one"
-            logger.warning("no --seed-model: a toy is trained on the text of the data, %s", way)
+            logger.warning("the seed model is a toy, trained on the text of the data %s", way)
             answered = [replace(record, feedback=record.feedback or record.response) for record in data.training]
             made = _toy_seed_model(preset, answered, vocabulary_size=4000, steps=100)
         else:

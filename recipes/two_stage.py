@@ -33,10 +33,12 @@ from prepare import prepare
 from tract_lite import (
     Judge,
     JudgeSpec,
+    Measured,
     Preset,
     Record,
     Run,
     RunOptions,
+    Splits,
     apart,
     check_exportable,
     errors_in_words,
@@ -56,25 +58,49 @@ from tract_lite import (
 
 logger = logging.getLogger("two_stage")
 
-# Held-out items that an export is checked with.
-CHECKED = 50
+# Held-out items that an export is checked with, and those that the untrained seed model judges.
+CHECKED, BASELINE_ITEMS = 50, 100
 
 
 def two_stage(options: RunOptions, run: Run) -> None:
-    """Train a judge by the method, export it, and measure it on items that it has not seen."""
+    """Train a judge, by the method or directly, export it, and measure it on items not seen."""
     run.begin(settings_of(options))
     preset, data = prepare(preset_for(options), run)
 
-    # What both stages share: the seed model (p_0), how it is asked, and how it is trained.
+    # What all stages share: the seed model (p_0), how it is asked, and how it is trained.
     seed = preset.seed
     if run.is_first and not options.train_only and not run.stages():
         check_exportable(quantization=preset.quantization, base=preset.base, **seed)
     p0 = {**seed, "settings": preset.training, "gradient_checkpointing": preset.gradient_checkpointing}
     opened = {"seed_model": preset.seed_model, "precision": preset.precision, "parallel": preset.parallel}
-    judge_of = partial(Judge.from_adapter, **opened)
-    if run.is_first and not run.stages():
-        estimate_run(data.training, validation=data.validation, parallel=preset.parallel, **p0)
     open_seed = partial(reasoning_judge, parallel=preset.parallel, **seed)
+    if run.is_first and not run.stages():
+        parallel = None if preset.is_direct else preset.parallel
+        estimate_run(data.training, validation=data.validation, parallel=parallel, **p0)
+    if preset.is_direct:
+        adapters = {"direct": train_adapter(data.training, run / "direct", validation=data.validation, **p0)}
+    else:
+        adapters = tract(data, run, open_seed, opened, p0)
+
+    if run.is_first and not options.train_only:
+        scratch = Path(options.scratch) if options.scratch else run.folder
+        *_, final = adapters.values()
+        files = export(final, run, scratch, preset, data.held_out)
+        judges = {
+            "untrained, direct": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 0, True),
+            "untrained": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 1, True),
+        }
+        judges |= {name: Measured(partial(Judge.from_adapter, path, **opened)) for name, path in adapters.items()}
+        for file in files:
+            # The run's folder may be on a drive that is slow to read from.
+            near = scratch / file.name if (scratch / file.name).exists() else file
+            open_file = partial(Judge.from_gguf, near, parallel=preset.gguf_parallel)
+            judges[file.name] = Measured(open_file, preset.gguf_items)
+        finish_run(run, data.held_out, judges, scale=preset.scale, cards=[scratch / "merged"])
+
+
+def tract(data: Splits, run: Run, open_seed: Any, opened: dict[str, Any], p0: dict[str, Any]) -> dict[str, Path]:
+    """The method: two stages, with the judge's own reasonings between them; their adapters."""
     records = reasoned([*data.training, *data.validation], run, open_seed)
     training, validation = apart(records, data.validation)
 
@@ -87,17 +113,7 @@ def two_stage(options: RunOptions, run: Run) -> None:
 
     # Stage 2: the seed model anew, on reasonings like those that it will write itself.
     p_tract = train_adapter(training, run / "stage2", validation=validation, **p0)
-
-    if run.is_first and not options.train_only:
-        scratch = Path(options.scratch) if options.scratch else run.folder
-        files = export(p_tract, run, scratch, preset, data.held_out)
-        stages = {"stage 1": p_s, "stage 2": p_tract}
-        judges: dict[str, Any] = {name: (partial(judge_of, adapter), None) for name, adapter in stages.items()}
-        for file in files:
-            # The run's folder may be on a drive that is slow to read from.
-            near = scratch / file.name if (scratch / file.name).exists() else file
-            judges[file.name] = (partial(Judge.from_gguf, near, parallel=preset.gguf_parallel), preset.gguf_items)
-        finish_run(run, data.held_out, judges, scale=preset.scale, cards=[scratch / "merged"])
+    return {"stage 1": p_s, "stage 2": p_tract}
 
 
 def reasoned(records: list[Record], run: Run, open_seed: Any) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,19 @@ def test_the_licences_are_left_to_fill_in(tmp_path: Path) -> None:
 def test_a_folder_without_a_judge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no judge_spec.json"):
         write_model_card(tmp_path)
+
+
+def test_the_card_of_a_judge_without_reasonings_speaks_of_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", metrics={"rows": {"judge": evaluate([1.1, 2.2, 3.0], [1, 2, 3])}})
+    reasoned = write_model_card(run).read_text()
+    replace(SPEC, method={"direct_share": 1.0}).save(run / "stage2" / "adapter")
+    direct = write_model_card(run).read_text()
+    assert "it writes a reasoning, then its score" in reasoned and "Reasonings are sampled" in reasoned
+    assert "without a reasoning its score is the expectation" in direct and "on scores alone, in one stage" in direct
+    assert "Reasonings are sampled" not in direct and "one reasoning per item" not in direct
+
+
+@pytest.mark.parametrize("seed_model, toy", [(None, True), ("toy", True), ("someone/Model", False)])
+def test_a_toy_is_called_one(tmp_path: Path, seed_model: str | None, toy: bool) -> None:
+    run = make_run(tmp_path / "run", settings={"seed_model": seed_model, "data": "mine.csv"})
+    assert ("Its seed model is a toy" in write_model_card(run).read_text()) == toy

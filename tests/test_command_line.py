@@ -635,7 +635,7 @@ def test_evaluate_measures_items_with_gold_and_counts_the_others(tmp_path, capsy
     write_rows(tmp_path / "out.jsonl", rows)
     assert main(["evaluate", str(tmp_path / "out.jsonl")]) == 0
     shown = capsys.readouterr().out
-    assert "pearson" in shown and "| out |   1.000 |" in shown
+    assert "pearson" in shown and "1.000 [1.00, 1.00]" in shown and "always the mean gold score" in shown
     assert "3 items with a gold score, 2 of them with a judgement; 1 without" in shown
     # The same as in a process of its own.
     assert call("evaluate", tmp_path / "out.jsonl").stdout == shown
@@ -651,7 +651,7 @@ def test_evaluate_reads_the_last_row_of_each_item(tmp_path, capsys):
         assert main(["evaluate", str(tmp_path / f"{name}.jsonl")]) == 0
     shown = capsys.readouterr().out.splitlines()
     [tidy, later] = [line.split("|")[2:] for line in shown if line.startswith(("| tidy", "| later"))]
-    assert tidy == later and float(tidy[0]) == 1
+    assert tidy == later and tidy[1].split()[0] == "1.000"
     assert (
         shown.count("5 items with a gold score, 5 of them with a judgement; 0 without a gold score are left out") == 2
     )
@@ -674,10 +674,12 @@ def test_evaluate_prints_no_difference_of_scores_on_other_scales(tmp_path, capsy
     rows = [{"id": str(n), "score": 1 + n / 2, "gold": 25.0 * n, "values": values} for n in range(5)]
     write_rows(tmp_path / "out.jsonl", rows)
     assert main(["evaluate", str(tmp_path / "out.jsonl")]) == 0
-    header, _, figures, *_ = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    header, _, figures, *_ = shown.splitlines()
     found = dict(zip(header.split("|"), map(str.strip, figures.split("|"))))
     found = {name.strip(): cell for name, cell in found.items()}
-    assert found["pearson"] == "1.000" and found["rmse"] == found["mae"] == "nan"
+    assert found["pearson"] == "1.000 [1.00, 1.00]" and found["rmse"] == found["mae"] == found["better by"] == "-"
+    assert "nan" not in shown and "so that its error has no unit" in shown
     assert "5 of 5 gold scores are outside the judge's scale (1 to 5)" in caplog.text
 
 
@@ -697,7 +699,7 @@ def test_report_prints_where_the_page_is(tmp_path):
     (tmp_path / "judged").mkdir()
     write_rows(tmp_path / "judged" / "judge-f16.jsonl", [{"score": 1.0, "gold": 2.0}])
     done = call("report", tmp_path)
-    assert done.stdout == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
+    assert done.stdout == f"{tmp_path / 'report.html'}\n" and (tmp_path / "report.md").exists()
 
 
 @pytest.mark.parametrize(

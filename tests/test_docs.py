@@ -28,6 +28,7 @@ PAGES = [README, CONTRIBUTING, *sorted(DOCS.glob("*.md"))]
 NOT_RUN = {
     "install": "installs, tests, or is `make demo`, which the fixture `demo_run` is",
     "gpu": "needs a GPU and models of the hub: each preset is run with a toy seed",
+    "laptop": "trains a real seed model for long: in its place a toy is trained, and the real one elsewhere",
     "server": "needs ports and vLLM: options are parsed, and llama-server is a real one elsewhere",
 }
 OWN_ITEMS, HELD_OUT_ITEMS = 40, 20
@@ -95,8 +96,9 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, clone: Path) -> None:
     for block in blocks_of(page):
         if block.language == "python":
             run(clone, sys.executable, "-c", block.text)
-        elif block.language == "bash" and not block.tag:
-            run(clone, "bash", "-euo", "pipefail", "-c", block.text)
+        elif block.language == "bash" and block.tag in ("", "laptop"):
+            text = block.text.replace("two_stage.py", "two_stage.py --seed-model toy") if block.tag else block.text
+            run(clone, "bash", "-euo", "pipefail", "-c", text)
         elif block.language in ("csv", "json"):
             (clone / block.tag).write_text(block.text, encoding="utf-8")
 
@@ -120,6 +122,7 @@ def test_commands_for_a_gpu_have_options_that_the_recipe_knows() -> None:
 
 
 @pytest.mark.training
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["t4", "24gb"])
 def test_a_command_for_a_gpu_goes_the_whole_way_with_a_toy_seed_model(preset: str, clone: Path) -> None:
     command = next(words for words in commands_of("gpu") if preset in words)
@@ -128,6 +131,19 @@ def test_a_command_for_a_gpu_goes_the_whole_way_with_a_toy_seed_model(preset: st
     run(clone, *command, *own.split(), "--seed-model", seed_model, "--out", f"runs/{preset}")
     assert (clone / "runs" / preset / "judge-q4_k_m.gguf").is_file()
     assert read_json(clone / "runs" / preset / "metrics.json")["counts"]["training_records"] == 8
+
+
+@pytest.mark.training
+@pytest.mark.long
+def test_a_laptop_s_command_trains_a_real_seed_model_on_scores_alone(clone: Path) -> None:
+    [command] = commands_of("laptop")
+    [out] = [command[place + 1] for place, word in enumerate(command) if word == "--out"]
+    run(clone, *command, "--columns", "feedback=", "--epochs", "1", "--max-items", "8", "--out", f"{out}_real")
+    settings, counts = (read_json(clone / f"{out}_real" / name) for name in ("settings.json", "counts.json"))
+    assert (settings["preset"], settings["seed_model"]) == ("laptop", "small")
+    assert counts["scale"] == "1-5"
+    assert (clone / f"{out}_real" / "judge-q8_0.gguf").stat().st_size > 100e6
+    assert read_json(clone / f"{out}_real" / "metrics.json")["counts"]["direct"]["direct"] == 8
 
 
 def test_commands_for_servers_have_options_that_the_command_line_knows() -> None:

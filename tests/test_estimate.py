@@ -66,29 +66,23 @@ def test_the_time_of_a_run_is_estimated_and_nothing_is_trained(
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("ends", [1.0, 0.4])
-def test_reasonings_that_the_seed_model_is_to_write_first_are_counted_and_those_cut_off_are_left_out_then(
-    asked: dict[str, Any], info: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: float
+def test_reasonings_that_the_seed_model_is_to_write_first_are_counted(
+    asked: dict[str, Any], info: pytest.LogCaptureFixture
 ) -> None:
-    measured: list[pace.Length] = []
-
-    def measure(*given: Any) -> pace.Length:
-        measured.append(pace.measure_length(*given)._replace(ends=ends))
-        return measured[-1]
-
-    monkeypatch.setattr(estimate, "measure_length", measure)
     records = make_records(200)
     bare = [replace(record, feedback=None) for record in records[:50]]
     found = estimate_run([*bare, *records[50:]], SETTINGS, parallel=4, validation=records[:100], **asked)
-    # 50 by the seed model, and by the judge of stage 1 those of 250 and of what is left of the 50.
-    assert len(measured) == 1
-    assert found["reasonings"] == pytest.approx(found["seed_reasonings"] * (250 + 50 * ends) / 50)
+    # 50 by the seed model, and all 300 by the judge of stage 1.
+    assert found["reasonings"] == pytest.approx(found["seed_reasonings"] * 300 / 50)
     assert re.search(r"minutes: [\d.]+ for the seed model's reasonings, [\d.]+ for each stage", info.text)
 
 
 def test_a_single_stage_is_estimated_without_reasonings(asked: dict[str, Any], info: pytest.LogCaptureFixture) -> None:
     assert list(estimate_run(make_records(), SETTINGS, parallel=None, **asked)) == ["stage"]
     assert "this stage takes about" in info.text and "writes the reasonings" not in info.text
+    # The stage itself says this.
+    assert "precision:" not in info.text and "learning rate" not in info.text
+    assert logging.getLogger("tract_lite.training").level == logging.NOTSET
 
 
 def test_the_time_of_a_run_on_no_usable_record_is_an_error(asked: dict[str, Any]) -> None:
@@ -162,5 +156,4 @@ def test_a_pace_is_found_in_the_time_that_there_is(
     assert engine.clock < 8
     start = engine.clock
     length = pace.measure_length(engine, prompts, found, 4.0)
-    assert engine.clock - start < 10 and 30 <= length.tokens <= engine.spec.sampling.max_new_tokens
-    assert 0 <= length.ends <= 1
+    assert engine.clock - start < 10 and 30 <= length <= engine.spec.sampling.max_new_tokens

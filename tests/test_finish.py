@@ -20,8 +20,11 @@ from tract_lite import (
     evaluate,
     finish_run,
     make_spec,
+    write_records,
 )
 from tract_lite.data.jsonl import read_json, read_rows, write_json
+from tract_lite.report.finish import Measured
+from tract_lite.report.rows import TRAINING_MEAN
 from tract_lite.vocabulary import TransformersVocabulary
 
 SCALE = ScoreScale.integers(1, 5)
@@ -70,7 +73,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def finish(run: Run, held_out: list[Record], judges: dict[str, Any], **options: Any) -> dict[str, Any]:
-    whole = {name: judge if isinstance(judge, tuple) else (judge, None) for name, judge in judges.items()}
+    whole = {name: judge if isinstance(judge, Measured) else Measured(judge) for name, judge in judges.items()}
     return finish_run(run, held_out, whole, scale=SCALE, **options)
 
 
@@ -122,7 +125,7 @@ def test_what_others_said_stands_first_and_is_taken_as_it_is(run: Run) -> None:
 
 def test_a_judge_of_fewer_items_is_asked_no_more(run: Run) -> None:
     gguf = Opened("gguf")
-    rows = finish(run, items(*"abcdef"), {"one": Opened("1"), "judge.gguf": (gguf, 2)})["rows"]
+    rows = finish(run, items(*"abcdef"), {"one": Opened("1"), "judge.gguf": Measured(gguf, 2)})["rows"]
     assert len(gguf.prompts) == 2
     assert (rows["judge.gguf, CoT-RAIL"]["count"], rows["one, CoT-RAIL"]["count"]) == (2, 6)
 
@@ -206,4 +209,62 @@ def test_the_metrics_hold_parity_and_counts_and_every_card_is_written(
     assert (tmp_path / "merged" / "README.md").exists() and not (tmp_path / "missing").exists()
     shown = capsys.readouterr().out
     assert "| one, CoT-RAIL " in shown and f"judge:  {run / 'judge-q8_0.gguf'}" in shown
-    assert f"report: {run / 'report.md'}" in shown
+    assert f"report: {run / 'report.html'}" in shown
+    assert (run / "report.html").exists() and "The judge is off by" in shown
+
+
+def train_on(run: Run, *golds: float) -> None:
+    write_records(run / "training.jsonl", [Record("Do it.", str(gold), score=gold) for gold in golds])
+
+
+def test_always_guessing_the_mean_of_the_training_is_a_row_that_all_others_are_compared_with(run: Run) -> None:
+    held_out = items(*"abcdefghij")
+    train_on(run, 1, 2, 4, 5, 5)
+    rows = finish(run, held_out, {"one": Opened("1")})["rows"]
+    golds = [item.score for item in held_out]
+    assert list(rows)[0] == TRAINING_MEAN and rows[TRAINING_MEAN]["count"] == 10
+    assert rows[TRAINING_MEAN]["mae"] == evaluate([3.4] * 10, golds)["mae"]
+    compared = compare_judges(judged(run, "one"), [3.4] * 10, golds)
+    gained = rows["one, CoT-RAIL"]["better_by"][TRAINING_MEAN]
+    for name in ("rmse", "mae"):
+        assert gained[name] == pytest.approx(-compared["differences"][name])
+        assert sorted(-end for end in gained["intervals"][name]) == pytest.approx(compared["intervals"][name])
+    assert "better_by" not in rows[TRAINING_MEAN]
+
+
+def test_an_untrained_seed_model_is_compared_with_and_is_never_the_judge(run: Run) -> None:
+    train_on(run, 1, 5)
+    held_out = items(*"abcdef")
+    judges = {"stage 1": Measured(Opened("1"), 2), "untrained": Measured(Opened("2"), is_baseline=True)}
+    metrics = finish(run, held_out, judges)
+    assert metrics["judge"] == "stage 1" and metrics["scale"] == [1.0, 5.0]
+    assert list(metrics["rows"]["stage 1, CoT-RAIL"]["better_by"]) == [TRAINING_MEAN, "untrained, CoT-RAIL"]
+    assert list(metrics["rows"]["untrained, CoT-RAIL"]["better_by"]) == [TRAINING_MEAN]
+    assert metrics["rows"]["stage 1, CoT-RAIL"]["better_by"]["untrained, CoT-RAIL"]["count"] == 2
+
+
+def test_the_verdict_is_about_the_last_of_the_judges_with_the_most_items(run: Run) -> None:
+    judges = {"stage 1": Opened("1"), "stage 2": Opened("2"), "judge.gguf": Measured(Opened("3"), 2)}
+    assert finish(run, items(*"abcd"), judges)["judge"] == "stage 2"
+    (run / "metrics.json").unlink()
+    judges |= {"judge.gguf": Measured(pytest.fail, 2), "judge-b.gguf": Measured(Opened("4"), 9)}
+    assert finish(run, items(*"abcd"), {**judges, "stage 1": pytest.fail})["judge"] == "judge-b.gguf"
+
+
+def test_a_judge_is_asked_with_as_many_reasonings_as_it_is_measured_with(run: Run) -> None:
+    judges = {"reasoned": Opened("1"), "direct": Measured(Opened("2"), n_cot=0)}
+    finish(run, items(*"abcd"), judges)
+    assert all(one.feedback for one in judged(run, "reasoned"))
+    assert not any(one.feedback for one in judged(run, "direct"))
+
+
+def test_the_console_shows_one_row_of_each_judge_and_says_that_fewer_items_were_judged(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_on(run, 1, 5)
+    finish(run, items(*"abcdef"), {"one": Opened("1"), "judge.gguf": Measured(Opened("2"), 2)})
+    shown = capsys.readouterr().out
+    assert "| one, CoT-RAIL " in shown and "sampled label" not in shown and "most likely label" not in shown
+    assert "judges with a smaller n have judged the first of the held-out items only" in shown
+    assert max(map(len, shown.partition("\n\n")[0].splitlines())) <= 110
+    assert "sampled label" in (run / "report.html").read_text(encoding="utf-8")

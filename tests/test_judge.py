@@ -280,6 +280,23 @@ def test_a_reasoning_that_is_empty_was_written_all_the_same():
     assert judgement.feedback == [""] and judgement.feedback_ids == [[]]
 
 
+@pytest.mark.parametrize("share, reasonings", [(1.0, 0), (0.5, 1), (0.0, 1), (None, 1)])
+def test_a_judge_is_asked_in_the_way_that_it_was_taught_unless_told_otherwise(share, reasonings, tmp_path, caplog):
+    engine = make_engine()
+    method = {} if share is None else {"raft_weight": 1.0, "direct_share": share}
+    engine.spec = replace(engine.spec, method=method)
+    judge, [record] = Judge(engine), make_records("x")
+    assert judge.is_direct == (reasonings == 0) and judge.how() == judge.how(reasonings)
+    assert len(judge.score(record).feedback) == reasonings
+    [(_, judgement)] = judge.as_completed([record])
+    assert len(judgement.feedback) == reasonings
+    [row] = judge.score_many([record], resume=tmp_path / "judged.jsonl")
+    assert len(row.feedback) == reasonings and not caplog.messages
+    [gated] = judge.score_many([record], gate=0.0)
+    assert len(gated.feedback) == 1 and judge.how(gate=0.0)["n_cot"] == 1
+    assert len(judge.score(record, n_cot=2).feedback) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "told"), [({"raft_weight": 1.0, "direct_share": 0.0}, 1), ({"raft_weight": 1.0}, 1), ({}, 0)]
 )

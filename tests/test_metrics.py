@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from tract_lite.judgement import Judgement
-from tract_lite.metrics import COLUMNS, RESAMPLES, choose_gate, compare_judges, evaluate, format_table
+from tract_lite.metrics import COLUMNS, RESAMPLES, better_by, choose_gate, compare_judges, evaluate, format_table
 
 ROOT = Path(__file__).parents[1]
 VICUNA = ROOT.parent / "shared" / "data" / "vicuna_eval.json"
@@ -310,6 +310,27 @@ def test_a_comparison_is_plain_json_and_the_same_every_time():
     compared = compare_judges(np.array(made_judge(1), dtype=np.float32), made_judge(2), GOLDS)
     assert compared == compare_judges(made_judge(1), made_judge(2), GOLDS)
     assert list(json.loads(json.dumps(compared))) == ["count", "differences", "intervals", "a", "b"]
+
+
+def test_what_a_judge_gains_is_the_difference_of_the_comparison_turned_round():
+    first, second = [None, *made_judge(1)[:40]], [3.0, *made_judge(2, 2.0)[:40]]
+    golds = [2, *GOLDS[:40].tolist()]
+    gained, compared = better_by(first, second, golds), compare_judges(first, second, golds)
+    assert gained["count"] == compared["count"] == 40
+    for name in ("rmse", "mae"):
+        assert gained[name] == pytest.approx(-compared["differences"][name])
+        low, high = compared["intervals"][name]
+        assert gained["intervals"][name] == pytest.approx((-high, -low))
+
+
+def test_a_gain_on_several_scales_is_of_places_and_one_off_the_scale_is_none():
+    ends = [(0.0, 1.0), (0.0, 100.0)]
+    gained = better_by([0.5, 60.0], [1.0, 90.0], [0.5, 50.0], ends)
+    assert gained["mae"] == pytest.approx((0.5 - 0 + 0.4 - 0.1) / 2)
+    off = better_by([1.0, 2.0], [2.0, 3.0], [1.0, 9.0], (1.0, 5.0))
+    assert math.isnan(off["mae"]) and all(map(math.isnan, off["intervals"]["rmse"]))
+    with pytest.raises(ValueError, match="no item that both"):
+        better_by([None, 1.0], [1.0, None], [1.0, 2.0])
 
 
 def test_a_table_has_one_aligned_row_per_result(judges):

@@ -103,6 +103,7 @@ def test_the_readme_opens_the_notebook(platform: str) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.long
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[str, Executed]) -> None:
     done = executed[platform]
@@ -125,6 +126,7 @@ def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[
 
 
 @pytest.mark.training
+@pytest.mark.long
 def test_running_all_cells_again_goes_on(executed: dict[str, Executed]) -> None:
     first, again = (executed[platform] for platform in PLATFORMS)
     assert first.folder == again.folder and len(first.weights) >= 2
@@ -135,6 +137,7 @@ def test_running_all_cells_again_goes_on(executed: dict[str, Executed]) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.long
 def test_a_notebooks_run_keeps_what_is_large_elsewhere(executed: dict[str, Executed]) -> None:
     run = executed["colab"].folder
     assert not (run / "merged").exists()

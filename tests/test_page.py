@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from tract_lite import evaluate, write_report
 from tract_lite.data.jsonl import read_json, write_rows
-from tract_lite.report import page
+from tract_lite.report import plots
 
 GOLDS = [1.0, 2.0, 3.0, 4.0, 5.0] * 4
 SCORES = [1.5, 1.8, 3.4, 3.6, 4.9] * 4
@@ -48,6 +48,11 @@ def picture(run: Path) -> bytes:
     return (run / "report.png").read_bytes()
 
 
+def in_short(run: Path) -> str:
+    write_report(run)
+    return (run / "report.md").read_text()
+
+
 def height_and_width(run: Path) -> tuple[int, int]:
     return imread(run / "report.png").shape[:2]
 
@@ -65,13 +70,14 @@ def test_the_page_of_a_whole_run_holds_all_its_parts(run: Path) -> None:
     write_metrics(run)
     (run / "settings.json").write_text(json.dumps({"preset": "demo", "data": None}))
     path = write_report(run)
-    text = path.read_text()
-    assert path == run / "report.md" and text.startswith("# my_run\n")
-    pearson = evaluate(SCORES, GOLDS)["pearson"]
-    assert f"| stage 2 |   {pearson:.3f} |" in text and "- stage 2: pearson" in text
-    assert "(report.png)" in text
-    assert '- dropped: {"no reasoning": 2}' in text and "0 prompts with other ids" in text
-    assert "- preset: demo\n- data: null" in text
+    text, html = in_short(run), path.read_text()
+    assert path == run / "report.html" and text.startswith("# my_run\n")
+    row = evaluate(SCORES, GOLDS)
+    low, high = row["intervals"]["pearson"]
+    assert f"| stage 2 | 20 | {row['pearson']:.3f} [{low:.2f}, {high:.2f}] |" in " ".join(text.split())
+    assert "(report.png)" in text and "(report.html)" in text
+    assert '- dropped: {"no reasoning": 2}' in text and "0 prompts with other ids" in html
+    assert "<dt>preset</dt><dd>demo</dd>" in html
     height, width = height_and_width(run)
     assert width > 1.5 * height and imread(run / "report.png").std() > 0.05
 
@@ -89,7 +95,7 @@ def test_a_stage_that_is_not_finished_is_drawn_up_to_its_last_checkpoint(run: Pa
         (checkpoint / "complete.json").write_text("{}")
     (run / "stage1" / "checkpoint-4").mkdir()
     (run / "stage1" / "checkpoint-4" / "trainer_state.json").write_text('{"log')
-    assert "(report.png)" in write_report(run).read_text()
+    assert "(report.png)" in in_short(run)
     unfinished = (run / "report.png").read_bytes()
     (run / "stage1" / "stage.json").write_text(json.dumps({"log": log[:3]}))
     assert picture(run) == unfinished
@@ -125,16 +131,42 @@ def test_the_figure_shows_the_validation(run: Path) -> None:
 
 def test_a_check_behind_the_last_logged_step_is_inside_the_figure() -> None:
     log = [{"step": 1, "ce": 1.0, "raft": 1.0}, {"step": 4, "eval_rmse": 0.5}]
-    upper, lower = page._draw({"stage1": log}, []).axes
+    upper, lower = plots.draw_page({"stage1": log}, np.empty(0), np.empty(0)).axes
     assert upper.get_xlim() == lower.get_xlim()
     assert lower.get_xlim()[0] == 0 and lower.get_xlim()[1] > 4
+
+
+def heights(*logs: Sequence[dict[str, float]]) -> list[tuple[str, tuple[float, float]]]:
+    """Of the picture of stages with these logs, the scale and the limits of both halves."""
+    drawn = dict(zip(("stage1", "stage2"), logs))
+    figure = plots.draw_page(drawn, np.empty(0), np.empty(0))
+    return [(ax.get_yscale(), ax.get_ylim()) for ax in figure.axes]
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-4, 0.2])
+@pytest.mark.parametrize("first", [1.0, 500.0])
+def test_no_curve_is_cut_and_a_first_step_far_out_flattens_no_other(first: float, least: float) -> None:
+    rafts = [first, 0.9, 0.7, 0.5, 0.4, least]
+    log = [{"step": step, "ce": 1.0, "raft": raft} for step, raft in enumerate(rafts)]
+    log.append({"step": 5, "eval_rmse": (1.3 * first) ** 0.5})
+    scale, (low, high) = heights(log)[1]
+    assert low < least and 1.3 * first < high
+    if first > 100:
+        assert scale in ("log", "symlog")
+    elif least == 0.2:
+        assert scale == "linear"
+
+
+def test_steps_whose_loss_is_no_number_are_left_out() -> None:
+    log = [{"step": 1, "ce": 1.0, "raft": float("nan")}, {"step": 2, "ce": float("inf"), "raft": 0.5}]
+    assert all(np.isfinite(limits).all() for _, limits in heights(log))
 
 
 def test_a_stage_too_short_to_log_anything_is_no_hindrance(run: Path) -> None:
     (run / "stage1").mkdir()
     (run / "stage1" / "stage.json").write_text(json.dumps({"log": [{"step": 3, "eval_rmse": 1}]}))
     write_judgements(run)
-    assert "(report.png)" in write_report(run).read_text()
+    assert "(report.png)" in in_short(run)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +174,15 @@ def test_a_stage_too_short_to_log_anything_is_no_hindrance(run: Path) -> None:
 )
 def test_one_part_alone_gives_a_figure_of_half_the_width(run: Path, write: Callable[[Path], object]) -> None:
     write(run)
-    text = write_report(run).read_text()
+    text = in_short(run)
     height, width = height_and_width(run)
     assert width < 1.5 * height
-    assert "##" not in text and "|" not in text
+    assert "|" not in text and "The judge" not in text
 
 
 def test_numbers_alone_give_a_page_without_a_figure(run: Path) -> None:
     write_metrics(run)
-    assert "report.png" not in write_report(run).read_text()
+    assert "report.png" not in in_short(run)
     assert not (run / "report.png").exists()
 
 

@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from tract_lite import Preset, RunOptions, Sampling, ScoreScale, TrainSettings, parse_options, preset_for, settings_of
-from tract_lite.presets import PRESETS, StageOptions, preset_of_machine
+from tract_lite import (
+    Preset,
+    Record,
+    RunOptions,
+    Sampling,
+    ScoreScale,
+    TrainSettings,
+    parse_options,
+    preset_for,
+    settings_of,
+)
+from tract_lite.options import METHODS, PRESET_NAMES, StageOptions
+from tract_lite.presets import LAPTOP, MOST_EPOCHS, PRESETS, SMALL, TOY
 from tract_lite.spec import DEFAULT_TEMPLATE
 
 
@@ -50,12 +61,53 @@ def test_empty_fields_of_a_notebooks_form_are_left_to_the_preset() -> None:
 
 def test_a_toy_preset_on_ones_own_data_has_room_for_real_texts() -> None:
     own = preset_of("--preset quick --data my.csv")
-    assert own.max_length > PRESETS["quick"].max_length and own.seed_model is None
+    assert own.max_length > PRESETS["quick"].max_length and own.seed_model == TOY
     assert own.training.batch_size % own.training.micro_batch_size == 0
     assert preset_of("--preset quick --data my.csv --max-length 77").max_length == 77
     # The data of a single stage are always one's own.
     assert preset_for(StageOptions(preset="quick")).max_length == own.max_length
     assert preset_of("--preset t4 --data my.csv").max_length == PRESETS["t4"].max_length
+
+
+def test_a_real_seed_model_never_gets_the_learning_rate_of_a_toy() -> None:
+    for flags in ("--data my.csv", ""):
+        rates = {
+            seed: preset_of(f"--preset quick {flags} --seed-model {seed}").training for seed in (TOY, SMALL, "a/b")
+        }
+        assert rates[TOY].learning_rate == PRESETS["demo"].training.learning_rate
+        assert rates[SMALL] == rates["a/b"] == PRESETS[LAPTOP].training
+
+
+def test_every_setting_of_the_training_that_has_an_option_is_taken() -> None:
+    chosen = {"epochs": 3.0, "batch_size": 12, "micro_batch_size": 6, "learning_rate": 1e-4, "warmup_ratio": 0.2}
+    chosen |= {"raft_weight": 0.0, "max_steps": 9, "save_every": 4, "direct_share": 0.5, "target": "soft"}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    training = preset_of(f"--preset laptop --data my.csv {flags} --training-seed 0").training
+    assert training == TrainSettings(**chosen, seed=0)
+
+
+@pytest.mark.parametrize("reasoned, method", [(40, "tract"), (20, "tract"), (19, "direct"), (0, "direct")])
+def test_data_without_reasonings_are_learnt_in_one_stage(
+    caplog: pytest.LogCaptureFixture, reasoned: int, method: str
+) -> None:
+    caplog.set_level("INFO")
+    records = [Record(response="r", score=1.0, feedback="f" if n < reasoned else None) for n in range(40)]
+    taught = preset_of("--preset t4").taught_by(records)
+    assert (taught.method, taught.training.direct_share) == (method, float(method == "direct"))
+    assert f"method: {method}, {reasoned} of 40 training items have a reasoning: " in caplog.text
+    for asked in METHODS:
+        assert preset_of(f"--preset t4 --method {asked}").taught_by(records).method == asked
+
+
+@pytest.mark.parametrize("count, epochs", [(900, 3), (5000, 1), (20, MOST_EPOCHS)])
+def test_a_small_seed_model_has_epochs_by_the_number_of_items_unless_asked(count: int, epochs: float) -> None:
+    records = [Record(response="r", score=1.0)] * count
+    assert preset_of("--preset laptop --data my.csv").taught_by(records).training.epochs == epochs
+    assert preset_of("--preset laptop --data my.csv --epochs 2.5").taught_by(records).training.epochs == 2.5
+
+
+def test_the_names_of_the_presets_are_those_of_the_option() -> None:
+    assert tuple(PRESETS) == PRESET_NAMES
 
 
 def test_the_seed_model_is_asked_by_the_template_of_a_file(tmp_path: Path) -> None:
@@ -72,17 +124,27 @@ def test_a_scale_that_can_not_be_read_is_refused_before_anything_starts(capsys: 
     assert "--scale: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gigabytes, name", [(None, "quick"), (16, "t4"), (24, "24gb"), (80, "24gb")])
-def test_a_machine_gets_the_preset_of_its_memory(
-    monkeypatch: pytest.MonkeyPatch, gigabytes: int | None, name: str
+@pytest.mark.parametrize(
+    "gigabytes, flags, name",
+    [
+        (None, "", "quick"),
+        (None, "--data my.csv", "laptop"),
+        (None, "--data my.csv --seed-model a/b", "laptop"),
+        (None, "--data my.csv --seed-model toy", "quick"),
+        (16, "", "t4"),
+        (24, "--data my.csv", "24gb"),
+        (80, "", "24gb"),
+    ],
+)
+def test_a_machine_gets_the_preset_of_its_memory_and_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int | None, flags: str, name: str
 ) -> None:
     class Card:
         total_memory = 0.95 * 1e9 * (gigabytes or 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gigabytes is not None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert preset_of_machine() == name
-    options = parse_options([])
+    options = parse_options(flags.split())
     assert (options.preset, options.out) == (name, f"runs/{name}")
 
 
@@ -151,7 +213,7 @@ def test_a_scratch_folder_that_is_a_file_is_told_at_once(tmp_path: Path) -> None
 
 
 def test_a_run_whose_judge_never_reasons_is_told_to_be_a_single_stage() -> None:
-    with pytest.raises(ValueError, match="no reasonings for a second stage\ntake less, or train one stage"):
+    with pytest.raises(ValueError, match="no reasonings for a second stage\n--method direct trains one stage"):
         preset_for(RunOptions(preset="quick", direct_share=1))
     assert preset_for(StageOptions(preset="quick", direct_share=1)).training.direct_share == 1
 
@@ -166,5 +228,6 @@ def test_settings_leave_out_where_a_run_lies_and_how_far_it_goes() -> None:
 
 
 def test_every_option_is_a_field_of_the_preset_or_of_the_call() -> None:
-    of_call = {"preset", "out", "scratch", "train_only", "epochs", "direct_share", "target"}
-    assert {item.name for item in fields(RunOptions)} - of_call <= {item.name for item in fields(Preset)}
+    of_call = {"preset", "out", "scratch", "train_only", "training_seed"}
+    known = {item.name for kind in (Preset, TrainSettings) for item in fields(kind)}
+    assert {item.name for item in fields(RunOptions)} - of_call <= known

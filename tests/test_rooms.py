@@ -17,8 +17,8 @@ import tract_lite
 ROOT = Path(__file__).parents[1]
 PACKAGE, RECIPES = ROOT / "tract_lite", ROOT / "recipes"
 # Each imports only from those before it; a package counts as one.
-ROOMS = """version vocabulary scale spec record prompt rail loss judgement metrics options data errors
-training engines judge judge_file self_cot export estimate run report presets __main__""".split()
+ROOMS = """version vocabulary scale spec record prompt rail loss judgement metrics data errors
+training options engines judge judge_file self_cot export estimate run report presets __main__""".split()
 NEED_TORCH = """loss.cot_raft loss.label_trees loss.projection training.branches
 training.encode training.layers training.precision training.preflight training.seed_model
 training.stage training.toy_seed_model training.trainer engines.transformers estimate

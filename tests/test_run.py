@@ -242,7 +242,11 @@ def test_counts_come_from_the_files_that_are_there(run: Run) -> None:
     stage = {"records": 2, "examples": 2, "dropped": {}, "validation": 1, "kept_step": 4}
     (run / "stage1").mkdir()
     write_json(run / "stage1" / "stage.json", {**stage, "log": [], "settings": {}})
-    assert run.counts == {**read, "self_generated": {"kept": 1, "rejected": {"empty": 2}}, "stage1": stage}
+    assert run.counts == {
+        **read,
+        "self_generated": {"kept": 1, "shortened": 0, "rejected": {"empty": 2}},
+        "stage1": stage,
+    }
     write_records(run / "self_generated.jsonl", records("a", "b"))
     assert run.counts["self_generated"]["kept"] == 2
     assert list(run.stages()) == ["stage1"]

@@ -38,7 +38,8 @@ from tract_lite.data.records import BadRows
 from tract_lite.data.scales import brings_others, propose_scale
 from tract_lite.data.table import read_judged, scales_in, write_table
 from tract_lite.prompt import render
-from tract_lite.report.page import _scores_and_golds as scores_and_golds, write_report
+from tract_lite.report.items import judged_in_run, numbers_of
+from tract_lite.report.page import write_report
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.settings import TrainSettings
 
@@ -443,17 +444,18 @@ def test_evaluate_says_that_scores_on_several_scales_are_measured_from_0_to_1(tm
     write(tmp_path / "out.csv", rows)
     for name in ("out.jsonl", "out.csv"):
         assert main(["evaluate", str(tmp_path / name)]) == 0
-        header, _, figures, said, *_ = capsys.readouterr().out.splitlines()
+        header, _, figures, *said = capsys.readouterr().out.splitlines()
         found = dict(zip(map(str.strip, header.split("|")), map(str.strip, figures.split("|"))))
         assert float(found["mae"]) == pytest.approx((1 / 9 + 0.5 + 0) / 3, abs=1e-3)
-        assert said == "the items are on 3 scales: each score counts by its place on its own, from 0 to 1"
+        assert "the items are on 3 scales: each score counts by its place on its own, from 0 to 1" in said
 
 
 def test_a_report_of_several_scales_draws_their_places(tmp_path):
     run = Run(tmp_path / "run")
     (run / "judged").mkdir(parents=True)
     write_rows(run / "judged" / "judge-f16.gguf.jsonl", rows_of([*MIXED, (ScoreScale.parse("0-100:10"), 90.0, 80.0)]))
-    golds, scores = zip(*scores_and_golds(run))
+    judged = judged_in_run(run)
+    golds, scores, _ = numbers_of(judged.scored)
     assert golds == pytest.approx((4 / 9, 1, 0.5, 0.8)) and scores == pytest.approx((3 / 9, 0.5, 0.5, 0.9))
     assert write_report(run.folder).exists() and (run / "report.png").exists()
 

@@ -20,6 +20,7 @@ from stages import SCALE, load_exact, small_seed_model
 from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as bars
 
 from tract_lite.judge import Judge
 from tract_lite.record import Record
@@ -157,6 +158,15 @@ def test_a_seed_comes_in_4_bits_with_a_padding_token(seeds):
     assert kinds == {"Linear4bit"}
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"
+
+
+def test_a_folder_s_model_is_loaded_without_a_bar_and_the_bars_stay_as_they_were(small, capsys):
+    for shown in (True, False):
+        (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
+        load_seed(small, load_in_4bit=False)
+        assert bars.is_progress_bar_enabled() is shown
+    bars.enable_progress_bar()
+    assert "Loading weights" not in capsys.readouterr().err
 
 
 def test_an_unknown_backend_is_refused(seeds):

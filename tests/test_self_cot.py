@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 from tiny import WritingEngine, load_tokenizer
 
+from tract_lite.data.jsonl import read_rows
 from tract_lite.data.records import read_records
 from tract_lite.judge import Judge
 from tract_lite.record import Record, Rubric
@@ -66,6 +67,36 @@ def test_rejects_are_counted_with_their_reasons_and_left_out(tmp_path):
     written, rejected = generate_cots(Judge(make_engine()), records, tmp_path / "cots.jsonl")
     assert [record.response for record in written] == ["a", "b"]
     assert rejected == {"cut off by the length limit": 2, "empty": 1, "too long": 1}
+
+
+class CutEngine(WritingEngine):
+    """Writes the judged text itself as a reasoning, and is cut off at its end."""
+
+    def _sample(self, prompt, seed, given):
+        [text] = texts_read_by(self)[-1:]
+        return replace(super()._sample("CUT", seed, given), reasoning=self.vocabulary.encode(text))
+
+
+def test_a_reasoning_that_is_cut_off_ends_at_its_last_whole_sentence(tmp_path):
+    texts = {
+        "It is good. It is too lo": "It is good.",
+        'He says "no!" And th': 'He says "no!"',
+        "It has 3.5 of 4. And 2.": "It has 3.5 of 4. And 2.",
+        "It has 3.5 of 4. And 2.7": "It has 3.5 of 4.",
+        "\u597d\u3002\u4e0d": "\u597d\u3002",
+        "No end in sight": None,
+        "1. 2": None,
+    }
+    plain = make_engine()
+    engine = CutEngine(plain.spec, plain.vocabulary)
+    engine.identity, engine.shape = plain.identity, plain.shape
+    written, rejected = generate_cots(Judge(engine), make_records(*texts), tmp_path / "cots.jsonl")
+    assert {record.response: record.feedback for record in written} == {t: s for t, s in texts.items() if s}
+    assert rejected == {"cut off by the length limit": 2}
+    for record in written:
+        assert engine.vocabulary.decode(record.feedback_ids).strip() == record.feedback
+    assert all(row["shortened"] is True for row in read_rows(tmp_path / "cots.jsonl"))
+    assert read_records(tmp_path / "cots.jsonl") == written
 
 
 def test_a_run_that_was_stopped_goes_on_and_judges_nothing_twice(tmp_path):

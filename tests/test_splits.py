@@ -27,12 +27,12 @@ def keys(records: list[Record]) -> set[str]:
     return {record.key for record in records}
 
 
-def test_a_tenth_is_held_out_and_a_twentieth_of_the_rest_is_for_validation(tmp_path: Path) -> None:
+def test_a_twentieth_of_what_is_not_held_out_is_for_validation(tmp_path: Path) -> None:
     splits = read_splits(write_items(tmp_path / "data.jsonl", 500), scale=SCALE, **SIZES)
     parts = splits.training, splits.validation, splits.held_out
-    assert [len(part) for part in parts] == [428, 22, 50]
+    assert [len(part) for part in parts] == [380, 20, 100]
     assert len(set.union(*map(keys, parts))) == 500
-    assert splits.counts == {"items": 500, "bad_rows": 0, "without_score": 0, "pairs": 500, "held_out_pairs": 50}
+    assert splits.counts == {"items": 500, "bad_rows": 0, "without_score": 0, "pairs": 500, "held_out_pairs": 100}
 
 
 def test_the_same_data_are_split_the_same_way(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_same_data_are_split_the_same_way(tmp_path: Path) -> None:
 
 def test_a_validation_of_fewer_than_twenty_records_is_none(tmp_path: Path) -> None:
     splits = read_splits(write_items(tmp_path / "data.jsonl", 300), scale=SCALE, **SIZES)
-    assert (len(splits.training), splits.validation, len(splits.held_out)) == (270, [], 30)
+    assert (len(splits.training), splits.validation, len(splits.held_out)) == (225, [], 75)
 
 
 def test_no_part_has_more_than_is_said(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_each_annotator_gives_a_training_record_and_a_held_out_item_has_their_me
     ]
     (tmp_path / "benchmark.json").write_text(json.dumps(rows))
     splits = read_splits(str(tmp_path / "benchmark.json"), scale=SCALE, **SIZES)
-    assert len(splits.held_out) == 2 and len(splits.training) == 3 * 18
+    assert len(splits.held_out) == 5 and len(splits.training) == 3 * 15
     assert all(item.score == 4 and not item.annotations for item in splits.held_out)
     assert {record.score for record in splits.training} == {3, 4, 5}
-    assert (splits.counts["items"], splits.counts["pairs"], splits.counts["held_out_pairs"]) == (20, 60, 6)
+    assert (splits.counts["items"], splits.counts["pairs"], splits.counts["held_out_pairs"]) == (20, 60, 15)
 
 
 def test_rows_that_can_not_be_used_are_counted(tmp_path: Path) -> None:
@@ -102,7 +102,18 @@ def test_data_with_too_few_scores_to_hold_some_out_are_refused(tmp_path: Path, c
 
 def test_few_held_out_items_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_splits(write_items(tmp_path / "data.jsonl", 40), scale=SCALE, **SIZES)
-    assert "only 4 items are held out" in caplog.text
+    assert "only 10 items are held out: the figures of this run say little" in caplog.text
+    read_splits(write_items(tmp_path / "more.jsonl", 200), scale=SCALE, **SIZES)
+    assert "only 50 items are held out: the figures of this run are rough" in caplog.text
+
+
+@pytest.mark.parametrize("count, held_out", [(40, 10), (200, 50), (400, 100), (900, 100), (1500, 150)])
+def test_a_tenth_is_held_out_and_a_hundred_items_where_the_data_allow_it(tmp_path, count, held_out):
+    path = write_items(tmp_path / "data.jsonl", count)
+    splits = read_splits(path, scale=SCALE, **{**SIZES, "max_items": 2000, "max_held_out": 1000})
+    assert len(splits.held_out) == held_out
+    prompts = [record.key for record in [*splits.training, *splits.validation, *splits.held_out]]
+    assert len(set(prompts)) == len(prompts) == count
 
 
 def test_apart_takes_the_records_whose_prompts_others_have() -> None:

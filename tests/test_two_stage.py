@@ -21,6 +21,7 @@ from tiny import SHARED, make_it_stop, make_llama, make_spm, vocabulary_folder
 from transformers import AutoTokenizer
 
 from tract_lite import JudgeSpec, Run, ScoreScale, parse_options, preset_for, read_splits
+from tract_lite.__main__ import main as judge_main
 from tract_lite.data.jsonl import read_json, read_rows
 from tract_lite.training.stage import newest_complete_checkpoint
 
@@ -95,8 +96,8 @@ def test_each_stage_of_the_demo_keeps_its_best_validated_adapter(demo_run: Path)
 
 @pytest.mark.training
 def test_a_run_folder_holds_what_a_user_looks_for(quick_run: Path) -> None:
-    for name in """settings.json log.txt counts.json done.json metrics.json parity.json report.md report.png README.md
-        training.jsonl validation.jsonl held_out.jsonl example/data.jsonl self_generated.jsonl adapter.gguf
+    for name in """settings.json log.txt counts.json done.json metrics.json parity.json README.md
+        report.html report.md report.png training.jsonl validation.jsonl held_out.jsonl example/data.jsonl self_generated.jsonl adapter.gguf
         judge-q8_0.gguf judged/judge-q8_0.gguf.jsonl stage1/adapter/adapter_model.safetensors stage2/stage.json
         merged/config.json merged/README.md""".split():
         assert (quick_run / name).exists(), name
@@ -144,7 +145,8 @@ def test_a_run_folder_that_was_moved_and_renamed_does_nothing_twice(quick_run: P
     moved = shutil.copytree(quick_run, tmp_path / "mein Öfchen", copy_function=os.link)
     kinds = ("*.safetensors", "*.gguf", "*.jsonl")
     before = {path: path.stat().st_mtime_ns for kind in kinds for path in moved.rglob(kind)}
-    for name in ("settings.json", "metrics.json", "report.md", "report.png", "README.md", "log.txt", "done.json"):
+    copied = "settings.json metrics.json report.html report.md report.png README.md log.txt done.json"
+    for name in copied.split():
         shutil.copy(quick_run / name, tmp_path / name)
         os.replace(tmp_path / name, moved / name)
     two_stage.main(["--preset", "quick", "--out", str(moved)])
@@ -369,19 +371,51 @@ def test_what_was_done_before_a_kill_is_not_done_again(killed: Path) -> None:
 # Several processes.
 
 
+def write_scores(path: Path, count: int) -> Path:
+    """Items of the example without reasonings."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "response", "criteria", "score"])
+        for item in example.make_items(count, 11):
+            record = item.record
+            writer.writerow([record.instruction, record.response, record.rubric.criteria, record.score])
+    return path
+
+
+@pytest.mark.training
+def test_data_without_reasonings_make_a_direct_judge_in_one_stage(
+    tmp_path: Path, quick_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed_model, run = JudgeSpec.load(quick_run / "merged").base_model, tmp_path / "run"
+    data = write_scores(tmp_path / "scores.csv", 24)
+    two_stage.main(
+        ["--preset", "quick", "--data", str(data), "--seed-model", seed_model, "--out", str(run), "--epochs", "1"]
+        + ["--max-new-tokens", "16", "--template", str(quick_run / "example" / "template.jinja")]
+    )
+    assert "method: direct, 0 of 18 training items have a reasoning: one stage" in (run / "log.txt").read_text()
+    for of_the_method in ("stage*", "*reasonings*", "self_generated*"):
+        assert not list(run.glob(of_the_method))
+    metrics = read_json(run / "metrics.json")
+    assert metrics["counts"]["direct"]["direct"] == metrics["counts"]["direct"]["examples"] == 18
+    judge = "judge-q8_0.gguf, CoT-RAIL"
+    compared = {"always the training mean", "untrained, direct, CoT-RAIL", "untrained, CoT-RAIL"}
+    assert metrics["rows"][judge]["better_by"].keys() == compared
+    assert metrics["rows"][judge]["rmse"] == pytest.approx(metrics["rows"]["direct, CoT-RAIL"]["rmse"], abs=0.02)
+    capsys.readouterr()
+    # Nobody has to know that this judge was taught no reasonings.
+    assert judge_main(["judge", str(run / "judge-q8_0.gguf"), str(data), "-o", str(tmp_path / "out.jsonl")]) == 0
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert len(rows) == 24 and not any(row["feedback"] or row["error"] for row in rows)
+    assert "never learnt" not in capsys.readouterr().err
+
+
 @pytest.mark.training
 def test_scores_without_reasonings_are_enough_for_two_processes(tmp_path: Path, quick_run: Path) -> None:
     seed_model = JudgeSpec.load(quick_run / "merged").base_model
-    data = tmp_path / "scores.csv"
-    with data.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["instruction", "response", "criteria", "score"])
-        for item in example.make_items(24, 11):
-            record = item.record
-            writer.writerow([record.instruction, record.response, record.rubric.criteria, record.score])
+    data = write_scores(tmp_path / "scores.csv", 24)
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     network = "--mixed_precision no --dynamo_backend no --main_process_port 0"
-    recipe = f"--preset quick --max-new-tokens 96 --template {quick_run / 'example' / 'template.jinja'}"
+    recipe = f"--preset quick --method tract --epochs 2 --max-new-tokens 96 --template {quick_run / 'example' / 'template.jinja'}"
     done = subprocess.run(
         [sys.executable, *launch.split(), *network.split(), two_stage.__file__, *recipe.split()]
         + ["--data", str(data), "--seed-model", seed_model, "--out", str(tmp_path / "run")],
@@ -392,7 +426,7 @@ def test_scores_without_reasonings_are_enough_for_two_processes(tmp_path: Path, 
     assert done.returncode == 0, done.stderr[-4000:]
     counts = read_json(tmp_path / "run" / "metrics.json")["counts"]
     written = counts["seed_reasonings"]
-    assert written["kept"] + sum(written["rejected"].values()) == counts["training_records"] == 22
+    assert written["kept"] + sum(written["rejected"].values()) == counts["training_records"] == 18
     for stage in ("stage1", "stage2"):
         # One step of all processes together counts 8 sequences.
         assert counts[stage]["kept_step"] == 2 * math.ceil(counts[stage]["examples"] / 8)

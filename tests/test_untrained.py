@@ -18,7 +18,6 @@ import pytest
 from chats import CHATS
 from servers import FakeLlamaServer, fake_server
 from tiny import SHARED, VOCABULARIES, export_judge, load_tokenizer, make_llama, make_sentences, vocabulary_folder
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoTokenizer
 
 from tract_lite.__main__ import main
@@ -28,7 +27,6 @@ from tract_lite.engines import chat_template, untrained
 from tract_lite.engines.chat_template import render_chat
 from tract_lite.engines.llama_cpp import load_model, metadata, quiet_llama
 from tract_lite.engines.untrained import untrained_spec
-from tract_lite.export.converter import llama_cpp_source
 from tract_lite.judge import Judge
 from tract_lite.prompt import prompt_ids
 from tract_lite.record import Record, Rubric
@@ -266,34 +264,6 @@ def test_a_real_instruct_model_judges_and_puts_its_probability_on_the_labels(smo
         rows = list(csv.DictReader(table))
     assert len(rows) == 6 and not any(row["error"] for row in rows)
     assert np.mean([float(row["mass"]) for row in rows]) >= 0.8
-
-
-@pytest.mark.long
-def test_the_prompts_of_a_real_instruct_model_have_the_ids_of_transformers(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its tokenizer is the one that transformers makes of the same file."""
-    records = read_records(VICUNA) if VICUNA.is_file() else read_records(items(tmp_path / "items.jsonl", 50))
-    monkeypatch.syspath_prepend(llama_cpp_source() / "gguf-py")
-    gguf = pytest.importorskip("gguf")
-    # transformers asks for the version of the package, and llama.cpp's source has none.
-    monkeypatch.setattr(gguf, "__version__", "1.0", raising=False)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    # transformers leaves out that each digit is cut off by itself, and takes the wrong end token.
-    digits, level = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, level])
-    tokenizer.eos_token = "<|im_end|>"
-    expected, theirs = make_spec(tokenizer, SCALE), TransformersVocabulary(tokenizer)
-    model = load_model(smollm2, vocab_only=True)
-    found, ours = untrained_spec(model, smollm2), GGUFVocabulary(model)
-    assert (found.marker_ids, found.label_ids, found.eos_id) == (
-        expected.marker_ids,
-        expected.label_ids,
-        expected.eos_id,
-    )
-    for record in records:
-        assert prompt_ids(record, found, ours) == prompt_ids(record, expected, theirs)
-    quiet_llama().llama_model_free(model)
 
 
 @pytest.mark.parametrize("key", ["padding", "eos"])

@@ -11,6 +11,7 @@ from .export.exportable import check_exportable as check_exportable
 from .export.gguf import export_adapter as export_adapter, export_gguf as export_gguf
 from .export.merge import merge_adapter as merge_adapter
 from .export.reasoning_judge import reasoning_judge as reasoning_judge
+from .export.small_seed_model import small_seed_model as small_seed_model
 from .judge import Judge as Judge
 from .judgement import Judgement as Judgement
 from .metrics import (
@@ -19,16 +20,16 @@ from .metrics import (
     evaluate as evaluate,
     format_table as format_table,
 )
+from .options import RunOptions as RunOptions
 from .presets import (
     Preset as Preset,
-    RunOptions as RunOptions,
     parse_options as parse_options,
     preset_for as preset_for,
     settings_of as settings_of,
 )
 from .record import Record as Record, Rubric as Rubric
 from .report.card import write_model_card as write_model_card
-from .report.finish import finish_run as finish_run
+from .report.finish import Measured as Measured, finish_run as finish_run
 from .report.page import write_report as write_report
 from .run import Run as Run
 from .scale import ScoreScale as ScoreScale

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from contextlib import suppress
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -20,10 +22,11 @@ from tract_lite.options import (
     JudgeOptions,
     MergeOptions,
     ReasonOptions,
+    TrainOptions,
     add_flags,
     options_from,
 )
-from tract_lite.presets import TrainOptions, preset_for
+from tract_lite.presets import SMALL, TOY, preset_for
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.settings import ADAPTER
@@ -39,17 +42,21 @@ def _training_records(source: str, **how: Any) -> list[Record]:
 def train(args: argparse.Namespace) -> None:
     """Train one stage on records with reasonings and gold scores."""
     from tract_lite.estimate import estimate_run
+    from tract_lite.export.small_seed_model import small_seed_model
     from tract_lite.training.stage import train_adapter
 
     logging.getLogger("tract_lite").setLevel(logging.INFO)
     options = options_from(TrainOptions, args)
     preset = preset_for(options)
-    if not preset.seed_model:
-        raise ValueError("name the model to train with --seed-model, a folder or a hub id")
+    if preset.seed_model == TOY:
+        raise ValueError("name the model to train with --seed-model: a folder, a hub id, or small")
     how: dict[str, Any] = {"scale": preset.scale, **how_to_read(options)}
     training = _training_records(args.data, **how)
     validation = _training_records(options.validation, **how) if options.validation else []
     preset, training = preset.on([*training, *validation]), training[: preset.max_items]
+    preset = preset.taught_by(training)
+    if preset.seed_model == SMALL:
+        preset = replace(preset, seed_model=str(small_seed_model(preset.offline)))
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
     estimate_run(training, preset.training, parallel=None, validation=validation, **seed)
     print(train_adapter(training, args.output, settings=preset.training, validation=validation, **seed))
@@ -124,36 +131,33 @@ def gate(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print how well judgements agree with their gold scores."""
-    from tract_lite.data.table import read_judged
-    from tract_lite.metrics import NORMALISED, ends_of, evaluate, format_table
+    from tract_lite.report.contents import notes_of, rows_of, verdict_of
+    from tract_lite.report.items import judged_in_file
+    from tract_lite.report.rows import other_figures, short_table
 
     if not args.output.exists():
         raise FileNotFoundError(f"no file {args.output}")
-    rows = read_judged(args.output)
-    measured = [row for row in rows if row.get("gold") is not None]
-    if not measured:
-        raise ValueError(f"none of the {len(rows)} rows of {args.output} has a gold score")
-    found = [ends_of(row.get("values")) for row in measured]
-    # An item that was not judged may say nothing of its scale.
-    several = sorted(set(filter(None, [*found, *(ends_of(row.get("values")) for row in rows)])))
-    ends = found if len(several) > 1 else several[0] if several else None
-    figures = evaluate([row.get("score") for row in measured], [row["gold"] for row in measured], ends)
-    print(format_table({args.output.stem: figures}))
-    if figures.get("off_scale"):
-        off = f"{figures['off_scale']} of {len(measured)} gold scores are outside the judge's scale"
-        shown = ", ".join(f"{low:g} to {high:g}" for low, high in several)
+    judged = judged_in_file(args.output)
+    rows = rows_of(judged)
+    own = rows[judged.name]
+    print(short_table(rows))
+    print(other_figures(own))
+    if own.get("off_scale"):
+        off = f"{own['off_scale']} of {len(judged.items)} gold scores are outside the judge's scale"
+        shown = ", ".join(f"{low:g} to {high:g}" for low, high in judged.scales)
         logger.warning("%s (%s): without one unit, rmse and mae mean nothing", off, shown)
-    if figures.get("scales"):
-        print(NORMALISED.format(figures["scales"]))
-    gold = f"{len(measured)} items with a gold score, {figures['count']} of them with a judgement"
-    print(f"{gold}; {len(rows) - len(measured)} without a gold score are left out")
+    for note in notes_of(rows):
+        print(note)
+    gold = f"{len(judged.items)} items with a gold score, {own['count']} of them with a judgement"
+    print(f"{gold}; {judged.without_gold} without a gold score are left out")
+    print("", *textwrap.wrap(verdict_of(judged, rows), 100), sep="\n")
 
 
 def report(args: argparse.Namespace) -> None:
-    """Make a run folder's page."""
+    """Make the page of a run folder, or of a file of judgements with gold scores."""
     from tract_lite.report.page import write_report
 
-    print(write_report(args.run_dir))
+    print(write_report(args.path, args.output, args.data))
 
 
 DATA = ("data", "DATA", "file or hub id of records with gold scores and reasonings")
@@ -167,7 +171,9 @@ JUDGE_OUTPUT = (
     "FILE.jsonl, to which what is missing is added, a table of its rows (FILE.csv, FILE.parquet), or '-' for JSONL on "
     "standard output"
 )
-RUN_DIR = ("run_dir", "RUN_DIR", "folder of a run")
+PAGE_OF = ("path", "PATH", "folder of a run, or what `judge` has written: FILE.jsonl, or the table of its rows")
+PAGE_OUTPUT = "the page (report.html in the folder of a run, FILE.report.html beside another file)"
+PAGE_DATA = "what was judged, for the texts in the page of FILE.jsonl, and gold scores where it has none"
 # Each verb with its positional arguments, what it writes, and its options.
 VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
     (train, (DATA,), "FOLDER", TrainOptions),
@@ -177,7 +183,7 @@ VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
     (judge, (MODEL, INPUT), "", JudgeOptions),
     (gate, (MODEL, VALIDATION), "", GateOptions),
     (evaluate, (JUDGED,), "", None),
-    (report, (RUN_DIR,), "", None),
+    (report, (PAGE_OF,), "", None),
 )
 
 
@@ -190,7 +196,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         verb = verbs.add_parser(run.__name__, help=run.__doc__)
         verb.set_defaults(run=run)
         for name, shown, meaning in places:
-            is_path = name.endswith("_dir") or name == "output"
+            is_path = name.endswith("_dir") or name in ("output", "path")
             verb.add_argument(name, type=Path if is_path else str, metavar=shown, help=meaning)
         if written:
             verb.add_argument("-o", "--output", type=Path, required=True, metavar=written)
@@ -198,6 +204,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             verb.add_argument("-o", "--output", type=Path, metavar="OUTPUT", help=JUDGE_OUTPUT)
             explained = "print one item (the first) as a person reads it, and write nothing"
             verb.add_argument("--explain", nargs="?", const="", metavar="ID", help=explained)
+        if run is report:
+            verb.add_argument("-o", "--output", type=Path, metavar="FILE.html", help=PAGE_OUTPUT)
+            verb.add_argument("--data", metavar="FILE", help=PAGE_DATA)
         if kind:
             add_flags(verb, kind)
     return parser.parse_args(arguments)

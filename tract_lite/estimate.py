@@ -12,7 +12,7 @@ from typing import Any, Sequence
 
 import torch
 
-from tract_lite.engines.pace import Length, measure_length, measure_pace
+from tract_lite.engines.pace import measure_length, measure_pace
 from tract_lite.engines.task import Task, room_for
 from tract_lite.export.reasoning_judge import LLAMA_CPP, TRANSFORMERS, open_fastest, open_in_llama_cpp
 from tract_lite.judge import Judge
@@ -20,6 +20,7 @@ from tract_lite.prompt import prompt_ids
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import Example, collate, encode_records
+from tract_lite.training.quiet import warnings_alone
 from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
 from tract_lite.training.settings import TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer
@@ -57,6 +58,21 @@ def estimate_run(
     Raises ValueError: no record can be trained on.
     """
     logger.info("measuring how long this takes ...")
+    # The stages say again what they are made from.
+    with warnings_alone():
+        seconds = _measure(records, settings, parallel, validation, **options)
+    free_memory()
+    _tell(seconds)
+    return seconds
+
+
+def _measure(
+    records: Sequence[Record],
+    settings: TrainSettings,
+    parallel: int | None,
+    validation: Sequence[Record],
+    **options: Any,
+) -> dict[str, float]:
     checkpointing = options.pop("gradient_checkpointing", True)
     start = time.perf_counter()
     model, tokenizer, spec = open_seed_model(**options)
@@ -70,7 +86,7 @@ def estimate_run(
         share, lacking = len(records) / max(1, len(sample)), 0
     encode = partial(_examples, sample, spec, TransformersVocabulary(tokenizer))
     seconds: dict[str, float] = {}
-    length = Length(1.0, 1.0)
+    length = 1.0
     if parallel is not None:
         prompts = [example.ids[: example.prompt_length] for example in encode(length)]
         by_transformers = partial(Judge.from_model, model, tokenizer, spec, parallel)
@@ -84,13 +100,10 @@ def estimate_run(
         lengths = [len(example.ids) - example.prompt_length for example in encode(length)]
         each = pace.seconds(list(map(len, prompts)), lengths) / len(prompts)
         seconds["seed_reasonings"] = lacking * each
-        # What the seed model is cut off at is left out from then on.
-        given = len(records) + len(validation) - lacking
-        seconds["reasonings"] = (given + lacking * length.ends) * each
+        seconds["reasonings"] = (len(records) + len(validation)) * each
     for_training(model)
     examples = encode(length, direct_share=settings.direct_share)
-    bare = sum(map(_lacks, sample)) / len(sample)
-    count = max(1, round(len(examples) * share * (1 - bare + bare * length.ends)))
+    count = max(1, round(len(examples) * share))
     with TemporaryDirectory() as folder:
         # Repeated, they are as many as there will be.
         repeated = (examples * -(-count // len(examples)))[:count]
@@ -99,9 +112,6 @@ def estimate_run(
         tokens = trainer.total_tokens / trainer.args.world_size
         tokens += FORWARD_SHARE * validations * fmean(len(example.ids) for example in examples)
         seconds["stage"] = opened + tokens * _token_seconds(trainer, examples, tokenizer.pad_token_id)
-    del model, trainer
-    free_memory()
-    _tell(seconds)
     return seconds
 
 
@@ -125,7 +135,7 @@ def _examples(
     records: Sequence[Record],
     spec: JudgeSpec,
     vocabulary: TransformersVocabulary,
-    length: Length,
+    length: float,
     direct_share: float = 0.0,
 ) -> list[Example]:
     """The records' examples; where a record lacks a reasoning, with one of that length."""
@@ -135,7 +145,7 @@ def _examples(
             room = room_for(Task(prompt_ids(record, spec, vocabulary), [0]), spec, spec.max_length)
         except ValueError:
             return record
-        return replace(record, feedback_ids=spec.label_ids[0][:1] * max(1, min(round(length.tokens), room)))
+        return replace(record, feedback_ids=spec.label_ids[0][:1] * max(1, min(round(length), room)))
 
     filled = [filled_in(record) if _lacks(record) else record for record in records]
     return encode_records(filled, spec, vocabulary, direct_share=direct_share, required=True)[0]

@@ -135,8 +135,13 @@ class Judge:
 
         return cls(TransformersEngine(model, tokenizer, spec, parallel, identity))
 
-    def score(self, record: Record, n_cot: int = 1, seed: int = 0) -> Judgement:
-        """Judge one record, without a reasoning where `n_cot` is 0.
+    @property
+    def is_direct(self) -> bool:
+        """Whether the judge was trained on scores alone: then it reads them without a reasoning."""
+        return self.spec.method.get("direct_share") == 1
+
+    def score(self, record: Record, n_cot: int | None = None, seed: int = 0) -> Judgement:
+        """Judge one record; `n_cot` as for `score_many`.
         Raises ValueError: it can't be judged.
         """
         judgement = next(self.score_many([record], n_cot, seed))
@@ -147,7 +152,7 @@ class Judge:
     def score_many(
         self,
         records: Iterable[Record],
-        n_cot: int = 1,
+        n_cot: int | None = None,
         seed: int = 0,
         *,
         gate: float | None = None,
@@ -156,9 +161,10 @@ class Judge:
     ) -> Iterator[Judgement]:
         """Judge records as they come, one judgement each, in input order.
 
-        With `n_cot` 0 the score is read straight after the prompt, and there is no `feedback`. With
-        a `gate` that is done first, and reasonings are written where the `doubt` of the direct
-        judgement, in units of the score, is above it: see `choose_gate`.
+        `n_cot`: reasonings of each; None: one, or 0 for a judge that is `is_direct`. With 0 the
+        score is read straight after the prompt, and there is no `feedback`. With a `gate` that is
+        done first, and reasonings are written where the `doubt` of the direct judgement, in units
+        of the score, is above it: see `choose_gate`.
 
         A record that can't be judged gives a judgement with `error`. With `reasonings` (for each
         record, the ids of its reasonings) nothing is sampled: their scores are read. An error of
@@ -169,6 +175,7 @@ class Judge:
         Raises ValueError: `resume` holds something else, or rows of another judge or settings; or a
             `gate` has nothing to choose.
         """
+        n_cot = self._reasonings(n_cot, gate)
         if gate is not None and (n_cot < 1 or reasonings is not None):
             raise ValueError("a gate chooses between a direct score and reasonings\ntake an n_cot of 1 or more")
         if resume is None:
@@ -180,12 +187,15 @@ class Judge:
         filled = rows.fill(records, lambda some: (j.to_row() for j in self.score_many(some, n_cot, seed, gate=gate)))
         return map(Judgement.from_row, filled)
 
-    def as_completed(self, records: Iterable[Record], n_cot: int = 1, seed: int = 0) -> Iterator[tuple[int, Judgement]]:
+    def as_completed(
+        self, records: Iterable[Record], n_cot: int | None = None, seed: int = 0
+    ) -> Iterator[tuple[int, Judgement]]:
         """As `score_many`: each judgement as soon as it is there, with its record's place."""
-        return self._judged(records, n_cot, seed, None, None)
+        return self._judged(records, self._reasonings(n_cot), seed, None, None)
 
-    def how(self, n_cot: int = 1, seed: int = 0, gate: float | None = None) -> dict[str, Any]:
+    def how(self, n_cot: int | None = None, seed: int = 0, gate: float | None = None) -> dict[str, Any]:
         """What makes judgements what they are: model, spec, number of reasonings, seed, gate."""
+        n_cot = self._reasonings(n_cot, gate)
         # A seed model may be moved: it stays what it is.
         spec = hashlib.sha256(replace(self.spec, base_model="").to_json().encode("utf-8")).hexdigest()
         return {**self.engine.identity, "spec_sha256": spec, "n_cot": n_cot, "seed": seed, "gate": gate}
@@ -199,6 +209,12 @@ class Judge:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _reasonings(self, n_cot: int | None, gate: float | None = None) -> int:
+        """How many reasonings an item gets, where nobody says so as the judge has learnt it."""
+        if n_cot is None:
+            return 0 if self.is_direct and gate is None else 1
+        return n_cot
 
     def _judged(
         self, records: Iterable[Record], n_cot: int, seed: int, gate: float | None, reasonings: Reasonings | None

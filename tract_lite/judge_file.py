@@ -82,7 +82,7 @@ def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tup
     record = next((record for record in records if name in ("", record.id)), None)
     if record is None:
         raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
-    samples = max(options.n_cot, 1)
+    samples = max(options.n_cot or 1, 1)
     at_once = min(options.parallel or samples, samples)
     with _open(model, options, records, parallel=at_once) as judge:
         [judgement] = judge.score_many([record], options.n_cot, options.seed, gate=options.gate)
@@ -96,7 +96,8 @@ def find_gate(model: str, source: str, options: GateOptions) -> str:
     Raises RuntimeError: nothing was judged.
     """
     _check(model, options)
-    if options.n_cot < 1 or not 0 <= options.share <= 1:
+    n_cot = 1 if options.n_cot is None else options.n_cot
+    if n_cot < 1 or not 0 <= options.share <= 1:
         raise ValueError("a gate needs --n-cot of 1 or more, and a --share of the tokens from 0 to 1")
     records = _read(model, source, options).records
     if any(record.score is not None for record in records):
@@ -104,8 +105,8 @@ def find_gate(model: str, source: str, options: GateOptions) -> str:
         import scipy  # noqa: F401
     ways = []
     with _open(model, options, records) as judge:
-        for n_cot in (0, options.n_cot):
-            judged = judge.score_many(records, n_cot, options.seed)
+        for count in (0, n_cot):
+            judged = judge.score_many(records, count, options.seed)
             ways.append(list(_with_progress(judged, len(records), 0)))
             _check_failures([judgement.error for judgement in ways[-1] if judgement.error], records)
     direct, reasoned = ways
@@ -186,7 +187,7 @@ def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterat
 def _check(model: str, options: AskOptions) -> None:
     """Raises ValueError, or FileNotFoundError, for what can be told without reading anything."""
     gate = getattr(options, "gate", None)
-    if gate is not None and (options.n_cot < 1 or not gate >= 0):
+    if gate is not None and (options.n_cot == 0 or not gate >= 0):
         raise ValueError("--gate is a doubt of 0 or more, and chooses between a direct score and --n-cot reasonings")
     other = "file" if _is_server(model) else "server"
     for item in fields(options):

@@ -17,9 +17,10 @@ Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 RESAMPLES = 1000
 # Resamples measured at once: bounds the memory of many items.
 CHUNK = 20
-WITH_INTERVAL = ("pearson", "spearman", "rmse", "mae")
+ERRORS = ("rmse", "mae")
+WITH_INTERVAL = ("pearson", "spearman", *ERRORS)
 # What says something only where predictions and golds are on one scale.
-IN_UNITS = ("rmse", "mae", "qwk")
+IN_UNITS = (*ERRORS, "qwk")
 COLUMNS = ("pearson", "spearman", "kendall", "rmse", "mae", "coverage")
 NORMALISED = "the items are on {} scales: each score counts by its place on its own, from 0 to 1"
 
@@ -93,6 +94,36 @@ def compare_judges(
     differences = {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL}
     intervals = _bootstrap(lambda figure, i: figure(a[i], gold[i]) - figure(b[i], gold[i]), gold.size)
     return {"count": int(both.sum()), "differences": differences, "intervals": intervals, **figures}
+
+
+def better_by(
+    predictions: Sequence[float | None],
+    others: Sequence[float | None],
+    golds: Sequence[float],
+    ends: Ends | Sequence[Ends | None] | None = None,
+) -> dict[str, Any]:
+    """By how much predictions err less than others do, over the items that both have.
+
+    `count` of them; `rmse` and `mae` are those of the others minus those of the predictions, with
+    their `intervals` as in `compare_judges`. `ends` are those of `evaluate`, and so are NaN.
+    Raises ValueError: as `evaluate`, or no item has both.
+    """
+    gold, a, b = _paired(golds, predictions, others)
+    both = np.isfinite(a) & np.isfinite(b)
+    if not both.any():
+        raise ValueError("there is no item that both judges have judged")
+    is_off = False
+    if ends:
+        low, high, count = _each_ends(ends, both)
+        is_off = bool(((gold < low) | (gold > high)).any())
+        if count > 1:
+            gold, a, b = ((scores - low) / (high - low) for scores in (gold, a, b))
+    gold, a, b = gold[both], a[both], b[both]
+    figures = {name: float(_FIGURES[name](b, gold) - _FIGURES[name](a, gold)) for name in ERRORS}
+    intervals = _bootstrap(lambda figure, i: figure(b[i], gold[i]) - figure(a[i], gold[i]), gold.size, ERRORS)
+    if is_off:
+        figures, intervals = dict.fromkeys(ERRORS, math.nan), dict.fromkeys(ERRORS, (math.nan, math.nan))
+    return {"count": int(both.sum()), **figures, "intervals": intervals}
 
 
 def choose_gate(direct: Sequence[Judgement], reasoned: Sequence[Judgement] | None = None, share: float = 0.35) -> float:
@@ -180,12 +211,14 @@ def format_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str] =
     return "\n".join(lines)
 
 
-def _bootstrap(measure: Callable[[Figure, np.ndarray], np.ndarray], count: int) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the figures that have one, over resamples of `count` items."""
+def _bootstrap(
+    measure: Callable[[Figure, np.ndarray], np.ndarray], count: int, names: Sequence[str] = WITH_INTERVAL
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of the figures of these names, over resamples of `count` items."""
     if count < 2:
-        return dict.fromkeys(WITH_INTERVAL, (math.nan, math.nan))
+        return dict.fromkeys(names, (math.nan, math.nan))
     random = np.random.default_rng(0)
-    draws: dict[str, list[np.ndarray]] = {name: [] for name in WITH_INTERVAL}
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         for _ in range(RESAMPLES // CHUNK):

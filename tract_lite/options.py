@@ -6,10 +6,18 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any, Mapping, TypeVar
 
+from tract_lite.data.scales import AUTO
+from tract_lite.training.settings import PRECISIONS, TARGETS
+
 Chosen = TypeVar("Chosen")
 
+LAPTOP = "laptop"
+PRESET_NAMES = ("demo", "quick", LAPTOP, "24gb", "t4")
+# Two stages with reasonings, or one on scores alone.
+TRACT, DIRECT = METHODS = ("tract", "direct")
 GROUPS = {
     "data": "the rows",
+    "training": "the training of a stage (as the preset has it)",
     "untrained": "a model without a judge spec",
     "file": "a GGUF file",
     "server": "a server (its key, if it wants one: TRACT_LITE_API_KEY)",
@@ -80,7 +88,9 @@ class DataOptions:
 class AskOptions(DataOptions):
     """What a user may choose for opening and asking a judge; None leaves it to the judge."""
 
-    n_cot: int = option(1, "reasonings per item; 0 reads the score without one", least=0)
+    n_cot: int | None = option(
+        None, "reasonings per item; 0 reads the score without one (1, or 0 as the judge was trained)", least=0
+    )
     seed: int = option(0, "seed of the sampling")
     parallel: int | None = option(None, "sequences at once (by the context's length), or requests (16)", least=1)
     spec: str | None = option(None, "the judge's spec: its file, folder or a judge's GGUF (the one inside the model)")
@@ -139,3 +149,74 @@ class ExportOptions:
     )
     seed_model: str | None = option(None, "an adapter's seed model, folder or hub id (the one in its spec)")
     no_check: bool = option(False, "do not compare with transformers")
+
+
+@dataclass(frozen=True)
+class StageOptions(DataOptions):
+    """What a user may choose for the training of a stage; None leaves it to the preset."""
+
+    preset: str = option(
+        AUTO,
+        "24gb or t4 by the GPU's memory, else laptop for own data and quick without",
+        choices=(AUTO, *PRESET_NAMES),
+    )
+    seed_model: str | None = option(
+        None, "folder or hub id of the model to train; small: SmolLM2-135M-Instruct; toy: one made for the data"
+    )
+    offline: bool = option(False, "fetch no small seed model from the network")
+    scale: str = option(AUTO, "of the scores: 1-5, in steps 0-5:0.5, with labels bad=0,good=1, or as the data propose")
+    remap: str | None = option(
+        None, "scale whose labels the judge writes in place of these, such as 0-9", metavar="SCALE"
+    )
+    template: str | None = option(None, "file of the prompt's Jinja template", metavar="FILE")
+    max_items: int | None = option(None, "training items to use at most")
+    max_length: int | None = option(None, "tokens of a training sequence at most")
+    max_new_tokens: int | None = option(None, "tokens of a reasoning at most")
+    epochs: float | None = option(None, "epochs of each stage", group="training")
+    batch_size: int | None = option(None, "sequences of one step", group="training", least=1)
+    micro_batch_size: int | None = option(None, "of these, computed at once", group="training", least=1)
+    learning_rate: float | None = option(None, "at its highest", group="training", least=0)
+    warmup_ratio: float | None = option(None, "share of the steps with a rising rate", group="training", least=0)
+    raft_weight: float | None = option(None, "of the squared error of the score", group="training", least=0)
+    max_steps: int | None = option(None, "steps of each stage at most", group="training", least=1)
+    save_every: int | None = option(None, "steps from one checkpoint to the next", group="training", least=1)
+    training_seed: int | None = option(None, "seed of the adapter and of the order", group="training")
+    direct_share: float | None = option(
+        None, "share of the sequences that have no reasoning (0)", group="training", least=0
+    )
+    target: str | None = option(
+        None,
+        "of a score between two labels: learn the nearest one, or soft: both by their share (nearest)",
+        group="training",
+        choices=TARGETS,
+    )
+    precision: str | None = option(None, "type to compute in (by the hardware)", group="training", choices=PRECISIONS)
+
+
+@dataclass(frozen=True)
+class TrainOptions(StageOptions):
+    """What a user may choose for a single stage."""
+
+    validation: str | None = option(None, "records to choose the best step by (none: the last)", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class RunOptions(StageOptions):
+    """What a user may choose for a whole run; None leaves it to the preset."""
+
+    data: str | None = option(None, "file of rows (CSV, Excel, JSONL, JSON, Parquet), or a hub data set")
+    method: str = option(
+        AUTO,
+        "two stages with reasonings, or one on scores alone, as for data that bring few reasonings",
+        choices=(AUTO, *METHODS),
+    )
+    held_out: str | None = option(
+        None, "file of the items to measure with (a tenth of the data, or 100 items)", metavar="FILE"
+    )
+    out: str | None = option(None, "run folder (runs/PRESET); goes on if it is there", metavar="FOLDER")
+    quantization: tuple[str, ...] | None = option(None, "GGUF types, such as f16 q8_0 q4_k_m", metavar="NAME")
+    base: str = option("4bit", "weights that the adapter is merged onto", choices=("4bit", "16bit"))
+    scratch: str | None = option(
+        None, "for what is large and can be made again, such as the merged weights (the run folder)", metavar="FOLDER"
+    )
+    train_only: bool = option(False, "stop before the export; the same call without it goes on")

@@ -11,8 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping
 
+from tract_lite.data.columns import Columns
+from tract_lite.data.formats import to_record
 from tract_lite.data.jsonl import read_json, read_rows, replacing, write_json, write_rows
-from tract_lite.data.records import read_records, write_records
+from tract_lite.data.records import write_records
 from tract_lite.data.resume import claim
 from tract_lite.data.splits import Splits
 from tract_lite.judgement import Judgement
@@ -24,12 +26,13 @@ logger = logging.getLogger(__name__)
 SETTINGS, COUNTS, LOG, DONE = "settings.json", "counts.json", "log.txt", "done.json"
 TRAINING, VALIDATION, HELD_OUT = "training.jsonl", "validation.jsonl", "held_out.jsonl"
 SEED_REASONINGS, OWN_REASONINGS = "seed_reasonings.jsonl", "self_generated.jsonl"
-STAGES = ("stage1", "stage2")
+# Those of the method, or the one on scores alone.
+STAGES = ("stage1", "stage2", "direct")
 ADAPTER_GGUF, PARITY, METRICS, JUDGED = "adapter.gguf", "parity.json", "metrics.json", "judged"
-REPORT, FIGURE, CARD = "report.md", "report.png", "README.md"
+PAGE, REPORT, FIGURE, CARD = "report.html", "report.md", "report.png", "README.md"
 # Settings that change nothing of what is trained: what is computed at once, and what comes later.
 LATER = (
-    *("parallel", "micro_batch_size", "gradient_checkpointing"),
+    *("parallel", "micro_batch_size", "gradient_checkpointing", "offline"),
     *("base", "quantization", "gguf_items", "gguf_parallel"),
 )
 # Processes wait for what the first one writes.
@@ -126,9 +129,10 @@ class Run:
         counts |= {key: len(read_rows(self / file)) for key, file in names.items() if (self / file).exists()}
         for file in (SEED_REASONINGS, OWN_REASONINGS):
             if (self / file).exists():
-                reasons = Counter(row["reason"] for row in read_rows((self / file).with_suffix(".rejected.jsonl")))
-                counts[Path(file).stem] = {"kept": len(read_rows(self / file)), "rejected": dict(reasons)}
-        shown = ("records", "examples", "dropped", "validation", "kept_step")
+                kept, rejected = read_rows(self / file), read_rows((self / file).with_suffix(".rejected.jsonl"))
+                reasonings = {"kept": len(kept), "shortened": sum(row.get("shortened", False) for row in kept)}
+                counts[Path(file).stem] = reasonings | {"rejected": dict(Counter(row["reason"] for row in rejected))}
+        shown = ("records", "examples", "direct", "dropped", "validation", "kept_step")
         for name, stage in self.stages().items():
             counts[name] = {key: stage[key] for key in shown if key in stage}
         return counts
@@ -227,8 +231,8 @@ class Run:
             (self / METRICS).unlink(missing_ok=True)
 
     def _records(self, name: str) -> list[Record]:
-        path = self / name
-        return read_records(path) if path.stat().st_size else []
+        columns = Columns()
+        return [to_record(row, columns) for row in read_rows(self / name)]
 
     def _first(self) -> ContextManager[Any]:
         """The first process runs what is inside; the others wait for it, and then find it done."""

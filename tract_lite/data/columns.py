@@ -35,7 +35,7 @@ BENCHMARK = {"gpt4_feedback", "gpt4_score"}
 # The Feedback Collection has its texts twice: apart, with this prefix, and inside a ready prompt.
 _COLLECTION, _READY = "orig_", {"instruction", "input", "output"}
 # What our own files say of a row.
-_OWN = {"key"}
+_OWN = {"key", "shortened"}
 # What nobody misses where another field is there.
 _STANDS_FOR = {
     "prompt": "instruction criteria",

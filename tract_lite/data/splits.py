@@ -12,8 +12,10 @@ from tract_lite.scale import ScoreScale
 
 logger = logging.getLogger(__name__)
 
+# A tenth is held out, but LEAST_HELD_OUT items where these are no more than MOST_SHARE of all.
+HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_SHARE = 0.1, 100, 0.25
 # Of fewer items than FEW_ITEMS, agreement is mostly chance.
-HELD_OUT_SHARE, FEW_ITEMS = 0.1, 20
+FEW_ITEMS = 20
 # As TRACT's; of fewer records, the best step would be found by chance.
 VALIDATION_SHARE, LEAST_VALIDATION = 0.05, 20
 
@@ -51,7 +53,8 @@ def read_splits(
     split: str | None = None,
     **reading: Any,
 ) -> Splits:
-    """Training and validation records, and held-out items: those of their own file, or a tenth.
+    """Training and validation records, and held-out items: those of their own file, or a tenth of
+    the data, and at least 100 items or a quarter of them.
 
     An item of several annotators gives one training record each; held out, it is one item with
     their mean score. A twentieth of the training records, unless fewer than 20, is for validation.
@@ -69,12 +72,15 @@ def read_splits(
         seen = {item.key for item in kept}
         training = [item for item in scored if item.key not in seen]
     else:
-        training, kept = split_records(scored, min(HELD_OUT_SHARE, max_held_out / max(len(scored), 1)))
+        count = max(len(scored), 1)
+        share = max(HELD_OUT_SHARE, min(MOST_SHARE, LEAST_HELD_OUT / count))
+        training, kept = split_records(scored, min(share, max_held_out / count))
     if not training or not kept:
         few = f"{len(scored)} items with a score are too few to hold some out"
         raise ValueError(f"{few}; --columns score=NAME names the column of gold scores")
-    if len(kept) < FEW_ITEMS:
-        logger.warning("only %d items are held out: the figures of this run say little", len(kept))
+    if len(kept) < LEAST_HELD_OUT:
+        worth = "say little" if len(kept) < FEW_ITEMS else "are rough, as their intervals show"
+        logger.warning("only %d items are held out: the figures of this run %s", len(kept), worth)
     if len(training) > max_items:
         logger.info("%d of %d items are used (--max-items)", max_items, len(training))
         training = random.Random(0).sample(training, max_items)

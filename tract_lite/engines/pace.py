@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 from tract_lite.engines.task import Engine, Sample, Task
 
@@ -54,15 +54,8 @@ def measure_pace(engine: Engine, prompts: Sequence[Sequence[int]], seconds: floa
     return Pace(prompt, max(0.0, after - before) / max(1, written), together)
 
 
-class Length(NamedTuple):
-    """The mean `tokens` of reasonings, and the share of them that `ends` before the limit."""
-
-    tokens: float
-    ends: float
-
-
-def measure_length(engine: Engine, prompts: Sequence[Sequence[int]], pace: Pace, seconds: float) -> Length:
-    """How long an engine's reasonings for such prompts are, from what it writes in `seconds`.
+def measure_length(engine: Engine, prompts: Sequence[Sequence[int]], pace: Pace, seconds: float) -> float:
+    """How many tokens an engine's reasonings for such prompts have, by what it writes in `seconds`.
 
     Those that are cut off then would have ended as often as the others.
     """
@@ -71,9 +64,7 @@ def measure_length(engine: Engine, prompts: Sequence[Sequence[int]], pace: Pace,
     steps = int(seconds / 2 / (pace.token * len(few))) if pace.token else most
     samples = _timed(engine, few, max(2, min(most, steps)))[1]
     written, ended = sum(len(sample.reasoning) for sample in samples), sum(not sample.truncated for sample in samples)
-    # Of none that ended, half a one is taken for its chance.
-    chance = min(1.0, (ended or 0.5) / max(1, written))
-    return Length(min(most, written / ended) if ended else most, 1 - (1 - chance) ** most)
+    return min(most, written / ended) if ended else float(most)
 
 
 def _at_once(engine: Engine) -> int:

@@ -11,12 +11,13 @@ from jinja2 import Environment
 from tract_lite.data.jsonl import read_json
 from tract_lite.metrics import COLUMNS, WITH_INTERVAL, format_table
 from tract_lite.rail import LOW_MASS
+from tract_lite.report.verdict import is_toy
+from tract_lite.report.words import EXAMPLE
 from tract_lite.run import ADAPTER_GGUF, CARD, METRICS, SETTINGS, STAGES, Run
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.training.settings import ADAPTER
 from tract_lite.version import __version__
 
-EXAMPLE = "the built-in example of tract-lite: made-up advice, for showing the method"
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -58,6 +59,8 @@ def write_model_card(run_dir: str | Path, folder: str | Path | None = None) -> P
         table=_table(metrics.get("rows", {})),
         parities=metrics.get("parity", {}),
         low_mass=LOW_MASS,
+        is_toy=is_toy(settings),
+        is_direct=spec.method.get("direct_share") == 1,
     )
     path = folder / CARD
     path.write_text(text, encoding="utf-8")

@@ -1,102 +1,122 @@
 """The end of a run: its judges judge the held-out items, and what they are worth is kept."""
 
 import math
-from functools import partial
+import textwrap
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from tract_lite.data.jsonl import read_json, read_rows, write_json
 from tract_lite.data.resume import name_of
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
-from tract_lite.metrics import NORMALISED, evaluate, format_table
 from tract_lite.record import Record
 from tract_lite.report.card import write_model_card
-from tract_lite.report.page import write_report
-from tract_lite.run import JUDGED, METRICS, PARITY, Run
+from tract_lite.report.contents import contents_of_run
+from tract_lite.report.items import records_in
+from tract_lite.report.page import write_pages
+from tract_lite.report.rows import (
+    RAIL,
+    TRAINING_MEAN,
+    measured_rows,
+    readings,
+    scores_alone,
+    short_table,
+    training_means,
+)
+from tract_lite.run import JUDGED, METRICS, PARITY, TRAINING, Run
 from tract_lite.scale import ScoreScale
 
-# The readings of a judge's distribution that a row of the table stands for.
-RAIL, MODE, SAMPLED = "CoT-RAIL", "most likely label", "sampled label"
+
+class Measured(NamedTuple):
+    """A judge that a run is measured by: how it is opened, how many of the held-out items it judges
+    at most (None: all), with how many reasonings each (None: its own way), and whether it is one
+    that others are to be better than, such as the untrained seed model."""
+
+    open: Callable[[], Judge]
+    items: int | None = None
+    n_cot: int | None = None
+    is_baseline: bool = False
 
 
 def finish_run(
     run: Run,
     held_out: Sequence[Record],
-    judges: Mapping[str, tuple[Callable[[], Judge], int | None]],
+    judges: Mapping[str, Measured],
     *,
     scale: ScoreScale,
     cards: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Judge the held-out items with each judge, compare with the gold scores, write the report.
 
-    `judges`: by the name of its rows, how a judge is opened and how many items it judges at most.
-    `scale`: that of the items which bring none of their own, in units of their gold scores.
-    Judgements are kept one by one in the folder `judged`, and those that are there are taken as
-    they are, whoever wrote them. `cards`: further folders that get the model card. Prints the
-    table; returns the metrics.
+    `judges`: by the name of its rows. `scale`: that of the items which bring none of their own, in
+    units of their gold scores. Judgements are kept one by one in the folder `judged`, and those
+    that are there are taken as they are, whoever wrote them. A row more is what always guessing the
+    mean of the training records gives. `cards`: further folders that get the model card. Prints the
+    table and the verdict; returns the metrics.
     """
     if not (run / METRICS).exists():
-        measure = partial(_evaluate, held_out, scale)
-        rows = dict(_given_rows(run, held_out, judges, measure))
-        for name, (open_judge, count) in judges.items():
-            judged = _judge(run / JUDGED / f"{name}.jsonl", name, open_judge, held_out[:count])
-            for reading, scores in _readings(judged).items():
-                rows[f"{name}, {reading}"] = measure(scores)
-        parity = read_json(run / PARITY)
-        write_json(run / METRICS, {"rows": rows, "parity": parity, "counts": run.counts})
+        predictions = dict(_given_rows(run, held_out, judges))
+        predictions |= _guesses(run, held_out, scale)
+        baselines = [name for name in (TRAINING_MEAN,) if name in predictions]
+        for name, one in judges.items():
+            judged = _judge(run / JUDGED / f"{name}.jsonl", name, one, held_out[: one.items])
+            predictions |= {f"{name}, {reading}": scores for reading, scores in readings(judged).items()}
+            baselines += [f"{name}, {RAIL}"] * one.is_baseline
+        golds = [math.nan if record.score is None else record.score for record in held_out]
+        scales = [record.scale or scale for record in held_out]
+        ends = [(min(one.values), max(one.values)) for one in scales]
+        several = ends if len(set(ends)) > 1 else None
+        rows = measured_rows(predictions, golds, several, baselines)
+        metrics: dict[str, Any] = {"rows": rows, "parity": read_json(run / PARITY), "counts": run.counts}
+        metrics |= {"judge": _chosen(judges, len(held_out)), "scale": None if several else ends[0]}
+        write_json(run / METRICS, metrics)
     metrics = read_json(run / METRICS)
     for folder in (run.folder, *filter(Path.is_dir, map(Path, cards))):
         write_model_card(run.folder, folder)
-    print(f"\n{format_table(metrics['rows'])}\n")
-    for count in {row["scales"] for row in metrics["rows"].values() if "scales" in row}:
-        print(f"{NORMALISED.format(count)}\n")
+    contents = contents_of_run(run)
+    page = write_pages(contents, run)
+    print(f"\n{short_table(scores_alone(metrics['rows']))}")
+    print(*contents["notes"], "", *textwrap.wrap(contents["verdict"], 100), "", sep="\n")
     for file in run.gguf_files():
         print(f"judge:  {file}")
-    print(f"report: {write_report(run.folder)}\nall:    {run.folder}/")
+    print(f"report: {page}\nall:    {run.folder}/")
     return metrics
 
 
-def _judge(path: Path, name: str, open_judge: Callable[[], Judge], records: Sequence[Record]) -> list[Judgement]:
+def _judge(path: Path, name: str, one: Measured, records: Sequence[Record]) -> list[Judgement]:
     """The judgements of the records; the judge is opened where some are missing."""
     there = [row for row in read_rows(path) if row["error"] is None]
     if len(there) < len(records):
         path.parent.mkdir(exist_ok=True)
-        with open_judge() as judge:
-            judged = judge.score_many(records, resume=path)
+        with one.open() as judge:
+            judged = judge.score_many(records, one.n_cot, resume=path)
             return list(tqdm(judged, f"judging: {name}", len(records)))
     by_id = {row["id"]: row for row in there}
     return [Judgement.from_row(by_id[name_of(record)]) for record in records]
 
 
 def _given_rows(
-    run: Run, held_out: Sequence[Record], judges: Mapping[str, Any], measure: Callable[..., dict[str, Any]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    run: Run, held_out: Sequence[Record], judges: Mapping[str, Any]
+) -> Iterator[tuple[str, list[float | None]]]:
     """What others have said of the held-out items, such as the best that any judge could say."""
     for path in sorted((run / JUDGED).glob("*.jsonl")):
         if path.stem not in judges:
             scores = {row["id"]: row["score"] for row in read_rows(path)}
-            yield path.stem, measure([scores.get(name_of(record)) for record in held_out])
+            yield path.stem, [scores.get(name_of(record)) for record in held_out]
 
 
-def _readings(judged: Sequence[Judgement]) -> dict[str, list[float | None]]:
-    """The scores of the items by each reading of their distributions."""
-    draw = np.random.default_rng(0)
-    sampled = [
-        draw.choice([*one.values.values()], p=[one.probabilities[label] / one.mass for label in one.values])
-        if one.mass > 0
-        else None
-        for one in judged
-    ]
-    return {SAMPLED: sampled, MODE: [j.mode for j in judged], RAIL: [j.score for j in judged]}
+def _guesses(run: Run, held_out: Sequence[Record], scale: ScoreScale) -> dict[str, list[float | None]]:
+    """The mean of the training records' gold scores for each item."""
+    training = records_in(run / TRAINING)
+    if not any(record.score is not None for record in training):
+        return {}
+    mean = training_means(training, scale)
+    return {TRAINING_MEAN: [mean(record.scale) for record in held_out]}
 
 
-def _evaluate(held_out: Sequence[Record], scale: ScoreScale, scores: Sequence[float | None]) -> dict[str, Any]:
-    measured = held_out[: len(scores)]
-    golds = [math.nan if record.score is None else record.score for record in measured]
-    scales = [record.scale or scale for record in measured]
-    ends = [(min(one.values), max(one.values)) for one in scales]
-    return evaluate(scores, golds, ends if len(set(ends)) > 1 else None)
+def _chosen(judges: Mapping[str, Measured], count: int) -> str | None:
+    """The judge that the verdict is about: of those with the most items the last one."""
+    trained = {name: min(one.items or count, count) for name, one in judges.items() if not one.is_baseline}
+    return max(reversed(trained), key=trained.__getitem__, default=None)

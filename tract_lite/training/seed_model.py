@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -21,6 +21,7 @@ from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, make_spec
 from tract_lite.training.layers import keeps_prefixes, last_hidden_states, lora_targets
 from tract_lite.training.precision import pick_4bit, pick_dtype
+from tract_lite.training.quiet import without_bars
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,8 @@ def _load_with_transformers(name: str, load_in_4bit: bool, dtype: torch.dtype) -
         options["quantization_config"] = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    with without_bars() if Path(name).is_dir() else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
     # Gemma-3n clamps frozen weights while it trains, which those in 4 bits can't be; its config
     # takes no None in the usual way.
     vars(model.config.get_text_config()).update({"altup_coef_clip": None})
