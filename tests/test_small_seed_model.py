@@ -30,6 +30,7 @@ from tract_lite.engines.llama_cpp import load_model, quiet_llama
 from tract_lite.engines.untrained import untrained_spec
 from tract_lite.export import small_seed_model as module
 from tract_lite.export.converter import convert_model, llama_cpp_source, quantize
+from tract_lite.export.exportable import check_folder
 from tract_lite.export.small_seed_model import GGUF_FILE, HUB_ID, LICENCE_FILE, small_seed_model
 from tract_lite.prompt import prompt_ids
 from tract_lite.record import Record, Rubric
@@ -173,6 +174,7 @@ def dequantized(path: Path) -> dict[str, Any]:
 def test_it_is_an_ordinary_folder_and_loads_without_a_warning(
     made: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
+    check_folder(folder_in(made))
     transformers.logging.enable_propagation()
     try:
         AutoTokenizer.from_pretrained(folder_in(made))

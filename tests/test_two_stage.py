@@ -96,10 +96,10 @@ def test_each_stage_of_the_demo_keeps_its_best_validated_adapter(demo_run: Path)
 
 @pytest.mark.training
 def test_a_run_folder_holds_what_a_user_looks_for(quick_run: Path) -> None:
-    for name in """settings.json log.txt counts.json done.json metrics.json parity.json README.md
-        report.html report.md report.png training.jsonl validation.jsonl held_out.jsonl example/data.jsonl self_generated.jsonl adapter.gguf
-        judge-q8_0.gguf judged/judge-q8_0.gguf.jsonl stage1/adapter/adapter_model.safetensors stage2/stage.json
-        merged/config.json merged/README.md""".split():
+    for name in """settings.json log.txt counts.json done.json metrics.json parity.json report.html report.md
+        report.png README.md training.jsonl validation.jsonl held_out.jsonl example/data.jsonl self_generated.jsonl
+        adapter.gguf judge-q8_0.gguf judged/judge-q8_0.gguf.jsonl stage1/adapter/adapter_model.safetensors
+        stage2/stage.json merged/config.json merged/README.md""".split():
         assert (quick_run / name).exists(), name
     assert (quick_run / "judged" / "stage 1.jsonl").exists()
     assert JudgeSpec.load(quick_run / "merged").base_model
@@ -415,9 +415,10 @@ def test_scores_without_reasonings_are_enough_for_two_processes(tmp_path: Path, 
     data = write_scores(tmp_path / "scores.csv", 24)
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     network = "--mixed_precision no --dynamo_backend no --main_process_port 0"
-    recipe = f"--preset quick --method tract --epochs 2 --max-new-tokens 96 --template {quick_run / 'example' / 'template.jinja'}"
+    recipe = f"--preset quick --method tract --epochs 2 --template {quick_run / 'example' / 'template.jinja'}"
     done = subprocess.run(
         [sys.executable, *launch.split(), *network.split(), two_stage.__file__, *recipe.split()]
+        + ["--max-new-tokens", "96"]
         + ["--data", str(data), "--seed-model", seed_model, "--out", str(tmp_path / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -74,6 +74,8 @@ def convert() -> None:
     """Write a GGUF file, this process's first argument, as a model's folder, its second."""
     import gguf
     import torch
+    from tokenizers import decoders
+    from tokenizers.normalizers import Sequence as Normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -81,15 +83,17 @@ def convert() -> None:
     gguf.__version__ = "1.0"
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     read = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # A GGUF file names its way of cutting texts, and transformers does not read the name.
-    digits, level = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
-    read.backend_tokenizer.pre_tokenizer = Sequence([digits, level])
+    # A GGUF file names its way of cutting texts. transformers does not read the name, and takes any
+    # Llama's vocabulary for one of SentencePiece.
+    backend, digits, level = read.backend_tokenizer, Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer, backend.decoder = Sequence([digits, level]), decoders.ByteLevel()
+    backend.normalizer, backend.model.byte_fallback = Normalizers([]), False
     quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     config = quantized.config
     for name in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(name, None)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=read.backend_tokenizer,
+        tokenizer_object=backend,
         chat_template=read.chat_template,
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
