@@ -87,8 +87,10 @@ def two_stage(options: RunOptions, run: Run) -> None:
         *_, final = adapters.values()
         files = export(final, run, scratch, preset, data.held_out)
         judges = {
-            "untrained, direct": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 0, True),
-            "untrained": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 1, True),
+            "untrained seed model, direct": Measured(
+                partial(open_seed, records=data.held_out), BASELINE_ITEMS, 0, True
+            ),
+            "untrained seed model": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 1, True),
         }
         judges |= {name: Measured(partial(Judge.from_adapter, path, **opened)) for name, path in adapters.items()}
         for file in files:

@@ -398,7 +398,7 @@ def test_data_without_reasonings_make_a_direct_judge_in_one_stage(
     metrics = read_json(run / "metrics.json")
     assert metrics["counts"]["direct"]["direct"] == metrics["counts"]["direct"]["examples"] == 18
     judge = "judge-q8_0.gguf, CoT-RAIL"
-    compared = {"always the training mean", "untrained, direct, CoT-RAIL", "untrained, CoT-RAIL"}
+    compared = {"always the training mean", "untrained seed model, direct, CoT-RAIL", "untrained seed model, CoT-RAIL"}
     assert metrics["rows"][judge]["better_by"].keys() == compared
     assert metrics["rows"][judge]["rmse"] == pytest.approx(metrics["rows"]["direct, CoT-RAIL"]["rmse"], abs=0.02)
     capsys.readouterr()

@@ -6,7 +6,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from tract_lite.report.verdict import is_toy
 
 EXAMPLE = "the built-in example of tract-lite: made-up advice, for showing the method"
-STAGE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "direct": "on scores alone"}
+STAGE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "direct": "the one stage"}
 SHORTENED = {"q8_0": "8 bits", "q4_k_m": "about 5 bits", "f16": "16 bits", "bf16": "16 bits"}
 
 
