@@ -740,7 +740,7 @@ def test_report_prints_where_the_page_is(tmp_path):
         (("judge", "{judge}", "{data}", "-o", "{out}", "--spec", "{text}"), "text.gguf is not a GGUF file"),
         (("judge", "{judge}", "{data}", "-o", "{out}", "--adapter", "{judge}"), "judge.gguf .*is no LoRA adapter"),
         (("judge", "{judge}", "{data}", "--explain", "--timeout", "5"), "--timeout is for the URL of a server"),
-        (("train", "{data}", "-o", "{stage}"), "name the model to train with --seed-model"),
+        (("train", "{data}", "-o", "{stage}", "--preset", "quick"), "name the model to train with --seed-model"),
         (("train", "none.csv", "-o", "{stage}", "--seed-model", "{folder}"), "no file none.csv"),
         (("train", "{data}", "-o", "{stage}", "--seed-model", "{folder}", "--scale", "five"), "the scale 'five' can't"),
         (("train", "{data}", "-o", "{stage}", "--seed-model", "{folder}", "--scale", "1-3"), "outside the scale"),
@@ -892,9 +892,10 @@ def test_reason_writes_a_reasoning_for_each_record_and_goes_on(trained, tmp_path
     assert all(record.score == given[record.id].score and record.key == given[record.id].key for record in kept)
     vocabulary = TransformersVocabulary(load_tokenizer("spm"))
     for record in kept:
-        # Bytes that are no letter become one mark or more, by the library.
-        texts = (vocabulary.decode(record.feedback_ids).strip(), record.feedback)
-        assert len({re.sub("\N{REPLACEMENT CHARACTER}+", "?", text) for text in texts}) == 1
+        # What bytes that are no letter become is up to the library.
+        pieces = zip(record.feedback_ids, vocabulary.pieces(record.feedback_ids))
+        words = [vocabulary.decode([token]).strip() for token, piece in pieces if not piece.startswith("<0x")]
+        assert len(words) > 3 and re.search(".*".join(map(re.escape, words)), record.feedback, re.DOTALL)
     before = (tmp_path / "own.jsonl").read_bytes()
     assert main(command) == 0
     assert capsys.readouterr().out == shown and (tmp_path / "own.jsonl").read_bytes() == before

@@ -459,15 +459,15 @@ def test_a_run_tells_its_shape(path):
 def test_where_it_is_left_open_parallel_follows_from_the_size_of_the_cache(path):
     of_8_billion, of_1_billion = 4 * 32 * 8 * 128, 4 * 16 * 8 * 64
     lengths = (256, 1152, 3000, 100_000)
-    assert [default_parallel(length, of_8_billion) for length in lengths] == [32, 26, 10, 1]
-    assert [default_parallel(length, of_1_billion) for length in lengths] == [32, 32, 32, 1]
+    assert [default_parallel(length, of_8_billion) for length in lengths] == [64, 26, 10, 1]
+    assert [default_parallel(length, of_1_billion) for length in lengths] == [64, 64, 40, 1]
     # What a sequence takes at any length counts as well.
     assert [default_parallel(length, of_8_billion, 10**8) for length in lengths] == [29, 15, 8, 1]
     model = load_model(path)
     assert cache_bytes(model) == 4 * 2 * 2 * 16  # layers, heads of keys and values, their size
     quiet_llama().llama_model_free(model)
     with LlamaEngine(path, threads=1, context_length=100) as engine:
-        assert engine.shape["parallel"] == 32
+        assert engine.shape["parallel"] == 64
         assert len(list(engine.run(make_tasks(engine, 40, n_cot=2)))) == 40
 
 
