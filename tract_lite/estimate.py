@@ -20,7 +20,7 @@ from tract_lite.prompt import prompt_ids
 from tract_lite.record import Record
 from tract_lite.spec import JudgeSpec
 from tract_lite.training.encode import Example, collate, encode_records
-from tract_lite.training.quiet import warnings_alone
+from tract_lite.training.quiet import quieter
 from tract_lite.training.seed_model import add_lora, for_training, free_memory, open_seed_model
 from tract_lite.training.settings import TrainSettings
 from tract_lite.training.trainer import CotRaftTrainer
@@ -59,7 +59,7 @@ def estimate_run(
     """
     logger.info("measuring how long this takes ...")
     # The stages say again what they are made from.
-    with warnings_alone():
+    with quieter("training", logging.WARNING):
         seconds = _measure(records, settings, parallel, validation, **options)
     free_memory()
     _tell(seconds)

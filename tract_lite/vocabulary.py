@@ -54,7 +54,9 @@ class TransformersVocabulary:
         return len(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(clean_text(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # Nothing is said of long texts: whether they fit is checked elsewhere.
+        told = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(clean_text(text), **told)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -21,6 +21,7 @@ from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids, reasoning_text
 from tract_lite.record import Record, Rubric
 from tract_lite.spec import JudgeSpec, chat_pieces
+from tract_lite.training.quiet import quieter
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
 
 # Mean difference in score on a scale of 1 to 5, and mean distance of distributions, that an exact
@@ -215,7 +216,9 @@ def check_export(
             with Judge.from_gguf(file, spec, parallel=1) as judge:
                 figures[name] = compare(reference, judge, checked, judged)
                 for record, judgement, tokens in long:
-                    far = compare(reference, judge, [record], [judgement])
+                    # A made-up text may well leave little on the labels.
+                    with quieter("judge", logging.ERROR):
+                        far = compare(reference, judge, [record], [judgement])
                     figures[name] = replace(
                         figures[name],
                         long_tokens=tokens,
@@ -238,7 +241,8 @@ def _judged_long(reference: Judge, config: Any, free: int) -> list[tuple[Record,
         return []
     reasoning = vocabulary.encode(_REASONING)
     record = long_record(spec, vocabulary, reasoning, length)
-    (judgement,) = reference.score_many([record], reasonings=[[reasoning]])
+    with quieter("judge", logging.ERROR):
+        (judgement,) = reference.score_many([record], reasonings=[[reasoning]])
     tokens = len(prompt_ids(record, spec, vocabulary)) + len(reasoning) + len(spec.marker_ids) + 1
     return [] if judgement.error else [(record, judgement, tokens)]
 

@@ -1,4 +1,5 @@
-"""What is not said: bars of the libraries below, and lines that a run says again later."""
+"""What is not said: bars of the libraries below, and what a run says again later, or of what only
+measures it."""
 
 import logging
 from contextlib import contextmanager
@@ -20,12 +21,12 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_alone() -> Iterator[None]:
-    """Of what training tells of itself, only warnings."""
-    training = logging.getLogger(__package__)
-    level = training.level
-    training.setLevel(logging.WARNING)
+def quieter(name: str, level: int) -> Iterator[None]:
+    """Of what the loggers of a package's part say, only what is of this level or graver."""
+    part = logging.getLogger(f"tract_lite.{name}")
+    before = part.level
+    part.setLevel(level)
     try:
         yield
     finally:
-        training.setLevel(level)
+        part.setLevel(before)
