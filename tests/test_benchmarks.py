@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import mmap
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import llama_cpp
+import numpy as np
 import pytest
 import torch
 from servers import llama_server_path
@@ -337,6 +341,37 @@ def test_checks_go_on_under_more_memory_until_their_time_is_over(load, monkeypat
 
 
 @whole
+@whole
+def test_a_judge_of_support_is_trained_from_scores_alone_and_held_against_its_baselines(tmp_path):
+    shown = run("support.py", "--smallest", "--out", str(tmp_path))
+    compared = read_tables(shown)[-1]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    gained = metrics["rows"]["judge-q8_0.gguf, CoT-RAIL"]["better_by"]
+    assert compared.keys() == gained.keys() and len(gained) == 3
+    for name, (count, by, interval) in compared.items():
+        low, high = gained[name]["intervals"]["rmse"]
+        sure = "ok" if low > 0 else "MISSED"
+        assert [count, by, interval] == [
+            str(gained[name]["count"]),
+            f"{gained[name]['rmse']:.3f}",
+            f"{low:.3f} to {high:.3f} ({sure})",
+        ]
+    assert re.search(r"[\d.]+ minutes \(bar 45: (ok|MISSED)\)", shown)
+
+
+def test_answers_of_support_are_scored_by_what_they_hold(load):
+    support = load("support")
+    rows = [support.make_row(random.Random(number), number) for number in range(400)]
+    points = [
+        sum(any(part in row["response"] for part in kind) for kind in (support.STEPS, support.TIMES, support.FRIENDLY))
+        + ("The reason is that" in row["response"])
+        for row in rows
+    ]
+    assert {row["score"] for row in rows} == {1, 2, 3, 4, 5}
+    assert all(abs(row["score"] - 1 - held) <= 2 for row, held in zip(rows, points))
+    assert np.corrcoef(points, [row["score"] for row in rows])[0, 1] > 0.85
+
+
 @on_linux
 def test_both_ways_of_the_export_have_their_times_and_memory():
     ways, layers = read_tables(run("export.py", "--smallest"))
