@@ -38,7 +38,7 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
     data = run.data(read_splits, **preset.splits)
     preset = preset.on(data.records, data.scale).taught_by(data.training)
     if preset.seed_model == "small":
-        preset = replace(preset, seed_model=str(small_seed_model(preset.offline)))
+        preset = replace(preset, seed_model=_small_seed_model(preset, run))
     elif preset.seed_model == "toy":
         if own_data:
             way = "to show the way; for a judge of use, choose a real one"
@@ -59,6 +59,13 @@ def write_example(run: Run, training: int, held_out: int, folder: Path) -> None:
     write_records(folder / "held_out.jsonl", [item.record for item in items])
     (folder / "template.jinja").write_text(example.TEMPLATE, encoding="utf-8")
     run.keep_judged(BEST, [Judgement(item.record.id, score=item.mean) for item in items])
+
+
+def _small_seed_model(preset: Preset, run: Run) -> str:
+    """The same one in all processes and at every call; fetched again where its folder is gone."""
+    kept = run.once("small_seed_model.txt", lambda path: path.write_text(small_seed_model(preset.offline)))
+    name = kept.read_text()
+    return small_seed_model(preset.offline) if Path(name).is_absolute() and not Path(name).is_dir() else name
 
 
 def _toy_seed_model(preset: Preset, records: Sequence[Record], **size: int) -> Path:

@@ -28,6 +28,7 @@ if importlib.util.find_spec("unsloth") and importlib.util.find_spec("torch"):
         os.environ["UNSLOTH_FUSED_FORWARD"] = "0"
         import unsloth  # noqa: F401
 
+import torch
 from prepare import prepare
 
 from tract_lite import (
@@ -86,11 +87,11 @@ def two_stage(options: RunOptions, run: Run) -> None:
         scratch = Path(options.scratch) if options.scratch else run.folder
         *_, final = adapters.values()
         files = export(final, run, scratch, preset, data.held_out)
+        # A GPU needs no GGUF file of the seed model, which a large one would fill the disk with.
+        untrained = partial(Judge.from_seed, **seed) if torch.cuda.is_available() else open_seed
         judges = {
-            "untrained seed model, direct": Measured(
-                partial(open_seed, records=data.held_out), BASELINE_ITEMS, 0, True
-            ),
-            "untrained seed model": Measured(partial(open_seed, records=data.held_out), BASELINE_ITEMS, 1, True),
+            "untrained seed model, direct": Measured(untrained, BASELINE_ITEMS, 0, True),
+            "untrained seed model": Measured(untrained, BASELINE_ITEMS, 1, True),
         }
         judges |= {name: Measured(partial(Judge.from_adapter, path, **opened)) for name, path in adapters.items()}
         for file in files:

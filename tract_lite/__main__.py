@@ -40,7 +40,7 @@ def _training_records(source: str, **how: Any) -> list[Record]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train one stage on records with reasonings and gold scores."""
+    """Train one stage on records with gold scores and, if they have them, reasonings."""
     from tract_lite.estimate import estimate_run
     from tract_lite.export.small_seed_model import small_seed_model
     from tract_lite.training.stage import train_adapter
@@ -54,9 +54,12 @@ def train(args: argparse.Namespace) -> None:
     training = _training_records(args.data, **how)
     validation = _training_records(options.validation, **how) if options.validation else []
     preset, training = preset.on([*training, *validation]), training[: preset.max_items]
-    preset = preset.taught_by(training)
+    preset = preset.paced_by(len(training))
+    if not (preset.training.direct_share or any(record.feedback or record.feedback_ids for record in training)):
+        logger.info("no record has a reasoning: the judge learns to answer directly")
+        preset = replace(preset, training=replace(preset.training, direct_share=1.0))
     if preset.seed_model == SMALL:
-        preset = replace(preset, seed_model=str(small_seed_model(preset.offline)))
+        preset = replace(preset, seed_model=small_seed_model(preset.offline))
     seed = {"gradient_checkpointing": preset.gradient_checkpointing, **preset.seed}
     estimate_run(training, preset.training, parallel=None, validation=validation, **seed)
     print(train_adapter(training, args.output, settings=preset.training, validation=validation, **seed))

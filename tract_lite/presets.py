@@ -125,6 +125,8 @@ class Preset:
     def taught_by(self, records: Sequence[Record]) -> Preset:
         """The preset with the method and the epochs for these training records, and a line why."""
         method, training, count = self.method, self.training, len(records)
+        if method == AUTO and training.direct_share:
+            method = DIRECT if training.direct_share == 1 else TRACT
         if method == AUTO:
             reasoned = sum(bool(record.feedback) for record in records)
             method = TRACT if reasoned >= REASONED_SHARE * count else DIRECT
@@ -133,13 +135,18 @@ class Preset:
             logger.info("method: %s, %s: %s", method, said, ways[method])
         if method == DIRECT:
             training = replace(training, direct_share=1.0)
+        return replace(self, method=method, training=training).paced_by(count)
+
+    def paced_by(self, count: int) -> Preset:
+        """The preset with the epochs for so many training records, and a line why."""
+        training = self.training
         if self.seen:
             training = replace(training, epochs=float(min(MOST_EPOCHS, max(1, round(self.seen / count)))))
             logger.info(
                 "epochs: %g of %d items: a small seed model learns by about %d sequences; --epochs asks for others",
                 *(training.epochs, count, self.seen),
             )
-        return replace(self, method=method, training=training)
+        return replace(self, training=training)
 
 
 _HUNDRED: dict[str, Any] = {"max_held_out": 100, "max_validation": 40}
@@ -224,20 +231,12 @@ def preset_of_machine(options: StageOptions) -> str:
 
 def preset_for(options: StageOptions) -> Preset:
     """The preset with what the user chose put in its place.
-    Raises ValueError: the scale can't be read, or a run is to have no reasonings.
+    Raises ValueError: the scale can't be read, or two stages are to have no reasonings.
     """
     name = preset_of_machine(options) if options.preset == AUTO else options.preset
     # A form in a notebook has no other way of leaving a field to the preset.
     chosen: dict[str, Any] = {key: value for key, value in vars(options).items() if value not in (None, "", 0)}
-    preset, own_data = PRESETS[name], bool(getattr(options, "data", True))
-    if preset.seed_model == TOY:
-        # What a toy learns by is too much for a real seed model.
-        if chosen.get("seed_model", TOY) == TOY:
-            preset = replace(preset, **(_TOY_ON_OWN_DATA if own_data else {}))
-        elif own_data:
-            preset = replace(_LAPTOP, quantization=preset.quantization)
-        else:
-            preset = replace(preset, training=_LAPTOP.training, seen=_LAPTOP.seen)
+    preset = _for_seed(PRESETS[name], chosen.get("seed_model"), bool(getattr(options, "data", True)))
     if options.epochs is not None:
         preset = replace(preset, seen=None)
     chosen["scale"] = named_scale(options.scale) or preset.scale
@@ -245,12 +244,24 @@ def preset_for(options: StageOptions) -> Preset:
     if names := chosen.get("quantization"):
         # They stand in the names of files.
         chosen["quantization"] = tuple(name.lower() for name in names)
-    if isinstance(options, RunOptions) and options.direct_share == 1:
+    if isinstance(options, RunOptions) and options.direct_share == 1 and options.method != DIRECT:
         raise ValueError("--direct-share 1 leaves no reasonings for a second stage\n--method direct trains one stage")
     stage = {item.name: getattr(options, _OPTIONS.get(item.name, item.name), None) for item in fields(TrainSettings)}
     chosen["training"] = replace(preset.training, **{n: value for n, value in stage.items() if value is not None})
     known = {item.name for item in fields(Preset)}
     return replace(preset, **{key: value for key, value in chosen.items() if key in known})
+
+
+def _for_seed(preset: Preset, seed_model: str | None, own_data: bool) -> Preset:
+    """The preset for the kind of seed model: a toy, a small and a large one need others."""
+    if (seed_model or preset.seed_model) == TOY:
+        preset = preset if preset.seed_model == TOY else PRESETS["quick"]
+        return replace(preset, **(_TOY_ON_OWN_DATA if own_data else {}))
+    if seed_model and preset.seed_model == TOY and not own_data:
+        return replace(preset, training=_LAPTOP.training, seen=_LAPTOP.seen)
+    if seed_model == SMALL or preset.seed_model == TOY:
+        return replace(_LAPTOP, quantization=preset.quantization, data=preset.data)
+    return preset
 
 
 def settings_of(options: RunOptions) -> dict[str, Any]:
@@ -263,6 +274,9 @@ def settings_of(options: RunOptions) -> dict[str, Any]:
     # The data tell.
     del settings["any_scale"]
     settings |= settings.pop("training")
+    if preset.seen:
+        # The number of items tells.
+        settings["epochs"] = None
     for name in ("data", "held_out", "rubric", "template", "seed_model"):
         settings[f"{name}_sha256"] = content_of(settings[name]) if settings[name] else None
     if preset.template:

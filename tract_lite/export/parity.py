@@ -64,12 +64,14 @@ class Parity:
 
 
 def compare(judge: Judge, other: Judge, records: Sequence[Record], judgements: Sequence[Judgement]) -> Parity:
-    """Let `other` read the reasonings that `judge` gave in `judgements`, and compare the scores.
+    """Let `other` read the reasonings that `judge` gave in `judgements`, or judge without one where
+    there are none, and compare the scores.
     Raises ValueError: no record was judged by both.
     """
     judged = [(record, given) for record, given in zip(records, judgements) if not given.error]
     asked = [record for record, _ in judged]
-    reread = other.score_many(asked, reasonings=[given.feedback_ids for _, given in judged])
+    reasonings = [given.feedback_ids for _, given in judged]
+    reread = other.score_many(asked, reasonings=reasonings) if any(reasonings) else other.score_many(asked, 0)
     both = [(again, given) for again, (_, given) in zip(reread, judged) if not again.error]
     if not both:
         raise ValueError("no record was judged by both judges")
@@ -185,10 +187,10 @@ def check_export(
     """Make sure that GGUF files are the judge in the model folder that they were made from.
 
     `files`: by type, such as "q8_0"; `weights`: how many the model has. First the ids, see
-    `check_ids`. Then the scores after each record's own reasoning, or a fixed one, against
-    transformers in float32, and those of one made-up record as long as any may be; where memory is
-    too small for that, the log says so. A difference above the type's bound is a warning. Returns
-    the figures by type.
+    `check_ids`. Then the scores after each record's own reasoning or a fixed one, of a direct judge
+    without one, against transformers in float32, and those of one made-up record as long as any may
+    be; where memory is too small for that, the log says so. A difference above the type's bound is
+    a warning. Returns the figures by type.
     """
     taken = [check_vocabulary(spec, tokenizer, file, records) for file in files.values()]
     # Where a model would be loaded: on the GPU, or in main memory.
@@ -207,7 +209,8 @@ def check_export(
     with Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
         texts = [reasoning_text(record.pairs()[0].feedback or "") or _REASONING for record in checked]
         reasonings = [[reference.engine.vocabulary.encode(text)] for text in texts]
-        judged = list(reference.score_many(checked, reasonings=reasonings))
+        how: dict[str, Any] = {"n_cot": 0} if reference.is_direct else {"reasonings": reasonings}
+        judged = list(reference.score_many(checked, **how))
         if all(judgement.error for judgement in judged):
             _show(f"parity: scores are not compared: {judged[0].error}")
             return {}
@@ -239,10 +242,11 @@ def _judged_long(reference: Judge, config: Any, free: int) -> list[tuple[Record,
         there = f"that takes {needed / GB:.1f} GB more, and {free / GB:.1f} GB are free"
         _show(f"parity: no record of {length} tokens is compared: {there}")
         return []
-    reasoning = vocabulary.encode(_REASONING)
+    reasoning = [] if reference.is_direct else vocabulary.encode(_REASONING)
     record = long_record(spec, vocabulary, reasoning, length)
+    how: dict[str, Any] = {"reasonings": [[reasoning]]} if reasoning else {"n_cot": 0}
     with quieter("judge", logging.ERROR):
-        (judgement,) = reference.score_many([record], reasonings=[[reasoning]])
+        (judgement,) = reference.score_many([record], **how)
     tokens = len(prompt_ids(record, spec, vocabulary)) + len(reasoning) + len(spec.marker_ids) + 1
     return [] if judgement.error else [(record, judgement, tokens)]
 

@@ -12,7 +12,7 @@ from tract_lite.data.jsonl import read_json
 from tract_lite.metrics import COLUMNS, WITH_INTERVAL, format_table
 from tract_lite.rail import LOW_MASS
 from tract_lite.report.verdict import is_toy
-from tract_lite.report.words import EXAMPLE
+from tract_lite.report.words import EXAMPLE, STAGE_TITLES
 from tract_lite.run import ADAPTER_GGUF, CARD, METRICS, SETTINGS, STAGES, Run
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.training.settings import ADAPTER
@@ -54,7 +54,7 @@ def write_model_card(run_dir: str | Path, folder: str | Path | None = None) -> P
         files=gguf_files,
         opened=_opened([name for name in gguf_files if name != ADAPTER_GGUF], is_merged),
         counts=run.counts,
-        stages={f"stage {name[-1]}": stage for name, stage in run.stages().items()},
+        stages={STAGE_TITLES[name]: stage for name, stage in run.stages().items()},
         settings=settings,
         table=_table(metrics.get("rows", {})),
         parities=metrics.get("parity", {}),

@@ -16,7 +16,7 @@ from tract_lite.report.breakdown import by_criteria, by_gold, by_std, calibratio
 from tract_lite.report.items import Item, Judged, judged_in_file, judged_in_run, numbers_of
 from tract_lite.report.rows import GOLD_MEAN, RAIL, measured_rows
 from tract_lite.report.verdict import is_toy, verdict
-from tract_lite.report.words import settings_in_words, times_of
+from tract_lite.report.words import settings_in_words, times_of, without_places
 from tract_lite.run import METRICS, PARITY, SETTINGS, STAGES, Run
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.training.settings import ADAPTER
@@ -53,7 +53,7 @@ def contents_of_run(run: Run) -> dict[str, Any]:
         **(of_items := _of_items(judged)),
         "drawn": {**of_items.get("drawn", {}), "curves": logs},
         "settings": settings_in_words(settings, counts, stages, _seed_model(run)),
-        "all_settings": settings,
+        "all_settings": without_places(settings),
         "counts": counts,
         "parity": metrics.get("parity") or read_json(run / PARITY),
         "times": times_of(run.logs()),

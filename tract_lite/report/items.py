@@ -75,8 +75,9 @@ class Numbers(NamedTuple):
 
 def numbers_of(items: Sequence[Item]) -> Numbers:
     """The numbers of the `scored` items of a judge."""
-    ends = [item.ends or (0.0, 1.0) for item in items]
-    low, high = np.array(ends if len(set(ends)) > 1 else [(0.0, 1.0)] * len(ends)).reshape(-1, 2).T
+    several = len({item.ends for item in items if item.ends}) > 1
+    ends = [item.ends if several and item.ends else (0.0, 1.0) for item in items]
+    low, high = np.array(ends).reshape(-1, 2).T
     raw = [(item.gold, item.judgement.score, item.judgement.std) for item in items]
     golds, scores, stds = np.array(raw, dtype=float).reshape(-1, 3).T
     return Numbers((golds - low) / (high - low), (scores - low) / (high - low), stds / (high - low))
@@ -89,7 +90,8 @@ def judged_in_run(run: Run, name: str | None = None) -> Judged | None:
     best: Judged | None = None
     files = sorted((run / JUDGED).glob("*.jsonl"), key=lambda file: (".gguf" in file.name, file.name))
     for file in [file for file in files if name in (None, file.stem)]:
-        judged = Judged(file.stem, _items(read_rows(file), records, gold_needed=True))
+        rows = read_rows(file)
+        judged = Judged(file.stem, _items(rows, _by_id(rows, records), gold_needed=True))
         if judged.scored and (best is None or len(judged.scored) >= len(best.scored)):
             best = judged
     return best
@@ -100,13 +102,16 @@ def judged_in_file(path: Path, data: str | None = None) -> Judged:
     has the texts of the items, and their gold scores where the file has none; a table has both.
     Raises ValueError: it holds no judgements, or none with a gold score.
     """
-    rows, records = read_judged(path), dict[str, Record]()
+    rows = read_judged(path)
+    records: list[Record | None] = [None] * len(rows)
     if path.suffix.lower() != ".jsonl":
         cells = [row for _, row in read_any(str(path)) if isinstance(row, dict)]
         rows = [_judgement_row(*pair) for pair in zip(rows, cells)]
-        records = _texts(rows, cells)
+        columns = Columns(_OURS)
+        records = [_record_of(row, columns) for row in cells]
     if data:
-        records |= {name_of(record): record for record in read_records(data, gold_needed=False)}
+        named = {name_of(record): record for record in read_records(data, gold_needed=False)}
+        records = [found or own for found, own in zip(_by_id(rows, named), records)]
     items = _items(rows, records, gold_needed=False)
     if not items:
         advice = "" if data else "\n--data names the file that was judged, if it has some"
@@ -120,15 +125,20 @@ def records_in(path: Path) -> list[Record]:
     return [to_record(row, columns) for row in read_rows(path)]
 
 
-def _items(rows: Iterable[Row], records: Mapping[str, Record], gold_needed: bool) -> list[Item]:
-    """The rows with a gold score; unless it is needed there, that of the record will do."""
+def _by_id(rows: Iterable[Row], records: Mapping[str, Record]) -> list[Record | None]:
+    """The record of each row."""
+    return [records.get(str(row.get("id"))) for row in rows]
+
+
+def _items(rows: Iterable[Row], records: Sequence[Record | None], gold_needed: bool) -> list[Item]:
+    """The rows with a gold score, each with its record; that of the record will do, unless it is
+    needed in the row."""
     items = []
-    for row in rows:
-        record = records.get(str(row.get("id")))
+    for row, record in zip(rows, records, strict=True):
         gold = row.get("gold")
         if gold is None and record is not None and not gold_needed:
             gold = record.score
-        if gold is not None:
+        if gold is not None and math.isfinite(gold):
             items.append(Item(float(gold), Judgement.from_row(row), record))
     return items
 
@@ -157,16 +167,13 @@ def _judgement_row(measured: Row, cells: Row) -> dict[str, Any]:
     }
 
 
-def _texts(rows: Sequence[Row], cells: Sequence[Row]) -> dict[str, Record]:
-    """The records that the rows of a table hold beside their judgements, by id."""
-    columns, records = Columns(_OURS), dict[str, Record]()
-    for row, given in zip(rows, cells):
-        try:
-            records[str(row["id"])] = to_record(given, columns)
-        except ValueError:
-            # Columns that only the options of `judge` could tell.
-            continue
-    return records
+def _record_of(cells: Row, columns: Columns) -> Record | None:
+    """The record that a row of a table holds beside its judgement."""
+    try:
+        return to_record(dict(cells), columns)
+    except ValueError:
+        # Columns that only the options of `judge` could tell.
+        return None
 
 
 def _number(cell: Any) -> float | None:

@@ -146,7 +146,7 @@ def draw_doubt(ax: Axes, rows: Rows) -> None:
 
 def draw_errors(ax: Axes, rows: Rows) -> None:
     """The mean absolute error by gold score."""
-    names = [f"{row['from']:.3g}" if row["from"] == row["to"] else f"{row['from']:.2g}-{row['to']:.2g}" for row in rows]
+    names = [f"{row['from']:.3g}" if row["from"] == row["to"] else f"{row['from']:.3g}-{row['to']:.3g}" for row in rows]
     ax.bar(range(len(rows)), [row["mae"] for row in rows], color=ITEMS, width=0.7)
     ax.set_xticks(range(len(rows)), names)
     ax.set_title("mean absolute error", loc="left", fontsize=11, color=INK)

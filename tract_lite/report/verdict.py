@@ -72,21 +72,24 @@ def _by_sureness(compared: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
 
 def _compared(sure: Mapping[str, Mapping[str, Row]], count: int, items: str) -> Iterable[str]:
     if sure["better"]:
-        yield f"Its {count:,} {items} are enough to be sure that it is better than {_listed(sure['better'])}."
+        yield f"Its {count:,} {items} are enough to be sure that it is better than {_listed(sure['better'], count)}."
     if sure["unsure"]:
         also = "But they" if sure["better"] else f"Its {count:,} {items}"
-        yield f"{also} do not show that it is better than {_listed(sure['unsure'])}."
+        yield f"{also} do not show that it is better than {_listed(sure['unsure'], count)}."
     if sure["worse"]:
-        yield f"It is worse than {_listed(sure['worse'], -1)}."
+        yield f"It is worse than {_listed(sure['worse'], count, -1)}."
 
 
-def _listed(compared: Mapping[str, Row], sign: int = 1) -> str:
-    """Names, each with the 95 % interval of how much better the judge is, or worse by the sign."""
+def _listed(compared: Mapping[str, Row], count: int, sign: int = 1) -> str:
+    """Names, each with the 95 % interval of how much better the judge is, or worse by the sign, and
+    the number of items where it is not `count`.
+    """
     parts = []
     for name, gained in compared.items():
         low, high = sorted(sign * end for end in gained["intervals"]["mae"])
-        ends = f" (by {low:.2g} to {high:.2g})" if low == low else ""
-        parts.append(f"{_plain(name)}{ends}")
+        told = [f"by {low:.2g} to {high:.2g}"] if low == low else []
+        told += [f"on {gained['count']:,} of them"] if gained["count"] < count else []
+        parts.append(f"{_plain(name)} ({', '.join(told)})" if told else _plain(name))
     return " and ".join(parts)
 
 
@@ -116,7 +119,7 @@ def _needed(gained: Row) -> float:
     low, high = gained["intervals"]["mae"]
     if not gained["mae"] > 0:
         return math.inf
-    return POWER * gained["count"] * ((high - low) / 2 / gained["mae"]) ** 2
+    return max(gained["count"] + 1, POWER * gained["count"] * ((high - low) / 2 / gained["mae"]) ** 2)
 
 
 def _rounded(count: float) -> int:

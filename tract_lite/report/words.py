@@ -6,6 +6,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from tract_lite.report.verdict import is_toy
 
 EXAMPLE = "the built-in example of tract-lite: made-up advice, for showing the method"
+PLACES = ("data", "held_out", "rubric", "template", "seed_model")
 STAGE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "direct": "the one stage"}
 SHORTENED = {"q8_0": "8 bits", "q4_k_m": "about 5 bits", "f16": "16 bits", "bf16": "16 bits"}
 
@@ -21,6 +22,11 @@ def settings_in_words(
     `seed_model`: its name or folder, where the settings name a kind of one.
     """
     return [*_made_from(settings, counts, seed_model), *_trained(settings, stages), *_judged(settings)]
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with names of files and folders, and not where they lie, which is private."""
+    return {name: _last_part(value) if name in PLACES and value else value for name, value in settings.items()}
 
 
 def times_of(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
