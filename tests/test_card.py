@@ -176,6 +176,13 @@ def test_the_card_of_a_judge_without_reasonings_speaks_of_none(tmp_path: Path) -
     assert "Reasonings are sampled" not in direct and "one reasoning per item" not in direct
 
 
+def test_the_one_stage_of_a_direct_run_is_called_that(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "stage2").rename(run / "direct")
+    card = write_model_card(run).read_text()
+    assert "- the one stage: 1,190 sequences" in card and "stage t" not in card
+
+
 @pytest.mark.parametrize("seed_model, toy", [(None, True), ("toy", True), ("someone/Model", False)])
 def test_a_toy_is_called_one(tmp_path: Path, seed_model: str | None, toy: bool) -> None:
     run = make_run(tmp_path / "run", settings={"seed_model": seed_model, "data": "mine.csv"})

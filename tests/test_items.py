@@ -43,6 +43,26 @@ def write_both(folder: Path, suffix: str) -> tuple[Path, Path]:
     return folder / "said.jsonl", folder / f"table.{suffix}"
 
 
+def test_rows_without_an_id_keep_their_own_texts_and_a_gold_score_that_is_no_number_is_none(tmp_path: Path) -> None:
+    table = tmp_path / "judged.csv"
+    rows = [f"Do it.,Answer {n},Is it good?,{gold},{n + 1}.5" for n, gold in enumerate((1, "nan", 3))]
+    table.write_text("instruction,response,criteria,gold,score\n" + "\n".join(rows) + "\n")
+    found = judged_in_file(table)
+    assert [(item.record.response, item.gold) for item in found.items if item.record] == [
+        ("Answer 0", 1),
+        ("Answer 2", 3),
+    ]
+    assert found.without_gold == 1 and main(["evaluate", str(table)]) == 0
+
+
+def test_an_item_of_an_unknown_scale_is_taken_for_one_of_the_others(tmp_path: Path) -> None:
+    known = Judgement("a", score=4.0, values=VALUES, probabilities=dict.fromkeys(VALUES, 0.2)).to_row() | {"gold": 4.0}
+    unknown = Judgement("b", score=2.0).to_row() | {"gold": 3.0}
+    write_rows(tmp_path / "said.jsonl", [known, unknown])
+    numbers = numbers_of(judged_in_file(tmp_path / "said.jsonl").scored)
+    assert numbers.golds.tolist() == [4.0, 3.0] and numbers.scores.tolist() == [4.0, 2.0]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_tells_what_its_rows_told(tmp_path: Path, suffix: str) -> None:
     of_rows, of_table = map(judged_in_file, write_both(tmp_path, suffix))

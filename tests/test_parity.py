@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,6 +317,25 @@ def test_the_gate_reads_the_records_own_reasonings_and_a_fixed_one_for_the_other
     fixed = "The answer is short and clear, but it gives no reason."
     assert read[:4] == [["It is clear."], [fixed], ["It is kind."], [fixed]]
     assert figures.records == 4 and figures.largest_difference <= 0.001
+
+
+def test_a_direct_judge_is_compared_as_it_judges_without_reasonings(wide, tokenizer, monkeypatch):
+    read = []
+
+    def note(judge: Judge, other: Judge, records: list[Record], judgements: list) -> Parity:
+        read.extend(judgements)
+        return compare(judge, other, records, judgements)
+
+    monkeypatch.setattr(parity, "compare", note)
+    file, spec = wide / "out" / "judge-3.2-f32", JudgeSpec.load(wide / "model")
+    direct = replace(spec, method={"raft_weight": 1.0, "direct_share": 1.0})
+    figures = check_export(direct, tokenizer, wide / "model", {"f32": file}, weights=0)["f32"]
+    assert figures.records == 5 and figures.mean_distance <= 0.001
+    assert 480 < figures.long_tokens < 512 and figures.long_distance <= 0.01
+    with Judge.from_gguf(file, spec, parallel=1) as judge:
+        expected = [one.score for one in judge.score_many(hard_records(spec, [])[:1], 0)]
+    assert len(read) == 6 and not any(judgement.feedback for judgement in read)
+    assert expected[0] == pytest.approx(read[0].score, abs=0.001)
 
 
 def test_no_records_are_as_none_given(wide, tokenizer):

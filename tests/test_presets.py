@@ -78,6 +78,27 @@ def test_a_real_seed_model_never_gets_the_learning_rate_of_a_toy() -> None:
         assert rates[SMALL] == rates["a/b"] == PRESETS[LAPTOP].training
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_kind_of_seed_model_gets_its_own_settings_on_any_machine(preset: str) -> None:
+    toy = preset_of(f"--preset {preset} --data my.csv --seed-model toy")
+    assert toy.training.learning_rate == PRESETS["demo"].training.learning_rate and toy.seen is None
+    assert preset_of(f"--preset {preset} --seed-model toy").data is None
+    small = preset_of(f"--preset {preset} --data my.csv --seed-model small")
+    assert (small.training, small.seen, small.data) == (PRESETS[LAPTOP].training, PRESETS[LAPTOP].seen, "my.csv")
+
+
+def test_a_share_of_direct_sequences_that_was_asked_for_is_kept() -> None:
+    bare = [Record(response="r", score=1.0)] * 40
+    asked = preset_of("--preset t4 --direct-share 0.3").taught_by(bare)
+    assert (asked.method, asked.training.direct_share) == ("tract", 0.3)
+    assert preset_of("--preset t4 --method direct --direct-share 1").taught_by(bare).method == "direct"
+
+
+def test_where_the_number_of_items_decides_the_epochs_the_settings_name_none() -> None:
+    chosen = [settings_of(parse_options(["--preset", "laptop", *more])) for more in ([], ["--epochs", "3"])]
+    assert [settings["epochs"] for settings in chosen] == [None, 3.0]
+
+
 def test_every_setting_of_the_training_that_has_an_option_is_taken() -> None:
     chosen = {"epochs": 3.0, "batch_size": 12, "micro_batch_size": 6, "learning_rate": 1e-4, "warmup_ratio": 0.2}
     chosen |= {"raft_weight": 0.0, "max_steps": 9, "save_every": 4, "direct_share": 0.5, "target": "soft"}

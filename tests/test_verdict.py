@@ -86,6 +86,15 @@ def test_being_better_than_guessing_hides_nothing_of_the_untrained_seed_model() 
     assert "better than always guessing the training mean (by" in both and "and “untrained seed model” (by" in both
 
 
+def test_a_comparison_on_fewer_items_says_on_how_many() -> None:
+    golds = [1.0 + n % 5 for n in range(300)]
+    scores: dict[str, Any] = {TRAINING_MEAN: [3.0] * 300, SEED: [3.5] * 40, "judge": [gold + 0.1 for gold in golds]}
+    rows = measured_rows(scores, golds, None, [TRAINING_MEAN, SEED])
+    text = verdict(rows["judge"], rows, ends=(1.0, 5.0))
+    assert "Its 300 held-out items are enough" in text
+    assert text.count("on 40 of them)") == 1 and "“untrained seed model” (by" in text
+
+
 def test_a_judge_that_judged_nothing_and_gold_scores_off_the_scale_have_no_error() -> None:
     nothing = evaluate([None, None], [1, 2])
     assert "could judge none of the held-out items" in verdict(nothing, {})
