@@ -127,6 +127,20 @@ def test_a_mixture_of_scales_is_read_as_each_label_alone_in_llama_cpp(reader, ex
             check(list(judge.score_many(records, n_cot)), records, folder, judge.spec)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", REAL)
+def test_a_hundred_labels_are_read_as_each_alone_in_a_real_vocabulary(reader, exported, name):
+    folder, records = reader(name) / "model", make_records([SCALES["1-100"]])
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    spec = JudgeSpec.load(folder)
+    check(list(Judge.from_model(model, tokenizer, spec, parallel=1).score_many(records)), records, folder, spec)
+    with Judge.from_gguf(exported(name), parallel=2, **EXACT) as judge:
+        check(list(judge.score_many(records)), records, folder, judge.spec)
+
+
 @pytest.mark.parametrize("text", SCALES)
 def test_a_judge_of_one_scale_reads_it_as_each_label_alone(reader, text):
     folder = reader("split digits") / "model"
