@@ -156,7 +156,7 @@ class Judgement:
         yield from [] if self.id is None else [f"Item {_visible(self.id)}", ""]
         asked = ("instruction", "response") if record and record.prompt is None else ("prompt",)
         for name in asked if record else ():
-            yield from _section(name.capitalize(), _shorten(getattr(record, name)), width)
+            yield from _section(name.capitalize(), shortened(getattr(record, name)), width)
         for number, (text, score) in enumerate(zip(self.feedback, self.scores), 1):
             several = f" {number} of {len(self.scores)}, score {score:.2f}" if len(self.scores) > 1 else ""
             yield from _section(f"Reasoning{several}", text, width)
@@ -204,7 +204,8 @@ def _visible(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
-def _shorten(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text as people are shown it: of a long one its beginning, and how long it is."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text):,} characters)"
 
 

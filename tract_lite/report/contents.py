@@ -10,7 +10,7 @@ from typing import Any, Mapping
 import numpy as np
 
 from tract_lite.data.jsonl import read_json
-from tract_lite.judgement import SHOWN
+from tract_lite.judgement import shortened
 from tract_lite.metrics import NORMALISED, ends_of
 from tract_lite.report.breakdown import by_criteria, by_gold, by_std, calibration, lengths, reasoning_lengths, worst
 from tract_lite.report.items import Item, Judged, judged_in_file, judged_in_run, numbers_of
@@ -141,7 +141,7 @@ def _shown(item: Item) -> dict[str, Any]:
         if record.prompt is None:
             asked = {"Instruction": record.instruction, "Response": record.response, "Reference": record.reference}
             asked["Criteria"] = record.rubric.criteria if record.rubric else None
-        texts = {name: _shortened(text) for name, text in asked.items() if text}
+        texts = {name: shortened(text) for name, text in asked.items() if text}
     return {
         "id": judgement.id,
         "gold": item.gold,
@@ -150,14 +150,10 @@ def _shown(item: Item) -> dict[str, Any]:
         "mass": judgement.mass,
         "truncated": judgement.truncated,
         "texts": texts,
-        "feedback": list(map(_shortened, judgement.feedback)),
+        "feedback": list(map(shortened, judgement.feedback)),
         "ends": ends_of(judgement.values),
         "bars": [
             {"label": label, "value": judgement.values.get(label), "probability": share}
             for label, share in judgement.probabilities.items()
         ],
     }
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text):,} characters)"
