@@ -373,6 +373,19 @@ def test_the_seed_of_the_settings_is_that_of_the_adapter(seed_model, tmp_path):
 
 
 @trains
+def test_a_stage_may_begin_with_the_weights_of_another_and_only_with_those(seed_model, tmp_path):
+    asked = {**STAGE, "seed_model": seed_model}
+    first = train_adapter(make_records(4), tmp_path / "first", **{**asked, "settings": ONE_STEP})
+    still = {**asked, "settings": replace(ONE_STEP, learning_rate=1e-12, seed=7)}
+    second = train_adapter(make_records(4), tmp_path / "second", start=first, **still)
+    weights = weights_in(second)
+    for name, weight in weights_in(first).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="start: "):
+        train_adapter(make_records(4), tmp_path / "second", **still)
+
+
+@trains
 def test_a_trained_adapter_judges_as_the_model_that_was_trained(seed_model, tmp_path, float32_cpu):
     model, tokenizer, spec = open_seed_model(seed_model, SCALE, max_length=128, sampling=Sampling(max_new_tokens=8))
     model = add_lora(model)

@@ -12,6 +12,7 @@ from peft import set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
+from tract_lite.data.files import fingerprint
 from tract_lite.data.jsonl import read_json, write_json
 from tract_lite.data.places import content_of
 from tract_lite.data.resume import claim
@@ -49,6 +50,7 @@ def train_adapter(
     settings: TrainSettings = DEFAULT_SETTINGS,
     validation: Sequence[Record] = (),
     gradient_checkpointing: bool = True,
+    start: str | Path | None = None,
     **options: Unpack[SeedOptions],
 ) -> Path:
     """Train one stage (TRACT, section 3): a new adapter on the seed model, which is freed then.
@@ -56,7 +58,8 @@ def train_adapter(
     `seed_model`: a folder or a hub id. `scale`: that of records which bring none of their own;
     where some bring others, the judge is one of any scale. `units`: the scale of the gold scores,
     where `scale` has other labels for them (`ScoreScale.remapped`). `settings` and `validation` as
-    for `train_stage`, which leaves its files in `out`. A stage that is there is not trained again,
+    for `train_stage`, which leaves its files in `out`. `start`: the folder of an adapter of the same
+    seed model, whose weights the new one begins with. A stage that is there is not trained again,
     and one that was stopped goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
     Raises ValueError: no usable record, some have scales of their own beside `units`, or `out`
         holds a stage of other records or settings.
@@ -78,6 +81,7 @@ def train_adapter(
         units, any_scale = options.get("units"), options.get("any_scale")
         how |= {"units": str(units) if units else None, "any_scale": any_scale or None}
         how |= {"sampling": options.get("sampling") and asdict(options["sampling"])}
+        how |= {"start": fingerprint(Path(start) / SAFETENSORS_WEIGHTS_NAME) if start else None}
         # How many sequences are computed at once changes no weight, and is what memory runs out by.
         how |= {"settings": {name: value for name, value in asdict(settings).items() if name != "micro_batch_size"}}
         how |= {"records_sha256": _digest(records), "validation_sha256": _digest(validation)}
@@ -91,6 +95,8 @@ def train_adapter(
         content = {"seed_model_sha256": content_of(seed_model)}
         spec = replace(spec, method={**spec.method, **asdict(settings), **content})
         model = add_lora(model, gradient_checkpointing=gradient_checkpointing, seed=settings.seed)
+        if start:
+            set_peft_model_state_dict(model, load_file(Path(start) / SAFETENSORS_WEIGHTS_NAME))
         train_stage(model, tokenizer, records, spec, out, settings, validation=validation)
         del model
         free_memory()
