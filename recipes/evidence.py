@@ -130,7 +130,7 @@ class Grid:
             "learns from": row.learns_from,
             "settings": asdict(replace(self.task.settings, seed=self.seed, **row.settings)),
             "n_cot": row.n_cot,
-            "items": {"training": len(self.task.training), "test": len(judged)},
+            "trained on": 0 if row.judged_by else len(self.reasoned(row.learns_from, self.task.training)),
             "tokens": round(fmean(sum(map(len, one.feedback_ids)) for one in judged), 1),
             "truncated": sum(one.truncated for one in judged),
             "mass": round(fmean(one.mass for one in judged), 4),

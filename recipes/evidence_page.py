@@ -143,19 +143,20 @@ def _shown(figure: tuple[float, float, float] | None, sign: str = "") -> str:
 def _table(found: Cells, section: Section) -> Iterator[str]:
     best = next((cell["best"] for cells in found.values() for cell in cells.values()), None)
     over = " of the best |" if best else ""
-    yield f"| judge | learns from | seeds | Pearson | RMSE |{over} RMSE minus that of {section.base} | tokens |"
-    yield f"| --- | --- | ---: | ---: | ---: |{' ---: |' if best else ''} ---: | ---: |"
+    yield f"| judge | learns from | items | seeds | Pearson | RMSE |{over} RMSE minus that of {section.base} | tokens |"
+    yield f"| --- | --- | ---: | ---: | ---: | ---: |{' ---: |' if best else ''} ---: | ---: |"
     for name, row in section.rows.items():
         cells, source = found[name], row.learns_from or ("" if row.judged_by else "scores alone")
         if not cells:
-            yield f"| {name} | {source} | not run | | |{' |' if best else ''} | |"
+            yield f"| {name} | {source} | | not run | | |{' |' if best else ''} | |"
             continue
         rmse = over_seeds(cells, "rmse")
         times = f" {rmse[0] / best:.3f} |" if best else ""
         minus = "" if name == section.base else _shown(higher_by(cells, found[section.base]), "+")
         tokens = fmean(cell["tokens"] for cell in cells.values())
         shown = f"{_shown(over_seeds(cells, 'pearson'))} | {_shown(rmse)} |{times} {minus} | {tokens:.0f}"
-        yield f"| {name} | {source} | {len(cells)} | {shown} |"
+        items = fmean(cell["trained on"] for cell in cells.values())
+        yield f"| {name} | {source} | {items:,.0f} | {len(cells)} | {shown} |"
     if best:
         yield ""
         yield f"The best possible RMSE on these items is {best:.3f}."

@@ -25,7 +25,7 @@ def make_cell(row, seed, errors, machine="one"):
     rmse = math.sqrt(sum(error**2 for error in errors) / len(errors))
     figures = {"pearson": 0.5, "rmse": rmse, "intervals": {"pearson": [0.4, 0.6], "rmse": [rmse - 0.1, rmse + 0.1]}}
     readings = dict.fromkeys(("RAIL", "most likely", "sampled"), figures)
-    cell = {"row": row, "seed": seed, "machine": machine, "minutes": 1.0, "tokens": 9.0, "best": None}
+    cell = {"row": row, "seed": seed, "machine": machine, "minutes": 1.0, "tokens": 9.0, "best": None, "trained on": 8}
     return {**cell, "figures": readings, "errors": list(errors)}
 
 
@@ -49,6 +49,7 @@ def test_cells_of_a_tiny_grid_are_measured_once_and_shown(recipes, tmp_path, mon
     for name, cell in cells.items():
         assert len(cell["errors"]) == len(golds) and cell["settings"]["seed"] == 1
         assert math.sqrt(np.square(cell["errors"]).mean()) == pytest.approx(cell["figures"]["RAIL"]["rmse"], abs=2e-3)
+        assert cell["trained on"] <= len(task.training)
         assert (cell["tokens"] == 0) == (name == "RAFT, no reasoning")
     own = evidence.Grid(task, 1, tmp_path / "out" / "quick" / "seed1")
     gold = {record.id: record.feedback for record in task.training}
@@ -104,7 +105,7 @@ def test_a_row_without_cells_says_so_and_the_page_holds_every_figure(recipes, tm
             cell = make_cell(row, seed, np.array([0.5, -0.5, 0.2]) * factor + 0.01 * seed)
             (folder / f"{row}-{seed}.json").write_text(json.dumps({**cell, "best": 0.3}))
     text = page.write_page(tmp_path / "evidence", tmp_path / "evidence.md").read_text()
-    assert f"| {tasks.STAGE_1} | annotators | 2 |" in text and "| mixed reasonings |" in text
+    assert f"| {tasks.STAGE_1} | annotators | 8 | 2 |" in text and "| mixed reasonings |" in text
     assert text.count("not run") == sum(map(len, (tasks.EXAMPLE_ROWS, tasks.STS_ROWS, tasks.VICUNA_ROWS))) - 4
     for setting in ("raft_weight", "n_cot"):
         assert f"](evidence/example/{setting}.svg)" in text and (folder / f"{setting}.svg").exists()

@@ -101,7 +101,7 @@ class TrainSettings:
     def pick_learning_rate(self, steps: int) -> tuple[float, str]:
         """The learning rate of a stage of `steps` optimiser steps, and the reason for it."""
         if self.learning_rate is not None:
-            return self.learning_rate, "as asked"
+            return self.learning_rate, "as the settings say"
         if steps >= PAPER_STEPS:
             return PAPER_LEARNING_RATE, "the paper's"
         reason = f"{steps} steps are too few for the paper's {PAPER_LEARNING_RATE:g}, which suits its 25,000"
