@@ -169,9 +169,31 @@ def test_the_documented_judging_with_llama_server_works(clone: Path) -> None:
 def test_every_page_is_linked_from_the_readme_and_every_link_leads_somewhere() -> None:
     for page in PAGES:
         links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-        assert all((page.parent / link).is_file() for link in links), page
+        assert all((page.parent / link).exists() for link in links), page
         if page == README:
             assert {README.parent / link for link in links} >= set(PAGES[1:])
+
+
+def test_every_heading_that_is_linked_to_stands_in_its_page() -> None:
+    """As GitHub names them: in small letters, blanks as hyphens, without other signs."""
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            there = (page.parent / link if link else page).read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.+)$", there, re.MULTILINE)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in names, (page.name, link, anchor)
+
+
+def test_the_pictures_of_the_readme_are_there_small_and_told_in_words() -> None:
+    text = README.read_text(encoding="utf-8")
+    shown = re.findall(r"!\[([^\]]+)\]\((docs/[^)]+)\)", text)
+    shown += [(words, path) for path, words in re.findall(r'<img src="(docs/[^"]+)"[^>]* alt="([^"]+)">', text)]
+    assert {path.name for path in (DOCS / "pictures").iterdir()} == {Path(path).name for _, path in shown}
+    for words, path in shown:
+        assert (ROOT / path).stat().st_size < 300e3 and len(words.split()) > 10, path
+    [(words, path)] = [one for one in shown if one[1].endswith(".svg")]
+    told = re.findall(r"\w+ \d\.\d+", words)
+    assert len(told) >= 3 and all(figure in (ROOT / path).read_text(encoding="utf-8") for figure in told)
 
 
 def test_the_files_named_in_the_readme_exist() -> None:

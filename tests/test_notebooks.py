@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import sys
@@ -33,10 +34,12 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 @dataclass
 class Executed:
-    """What the cells of a notebook showed, and the weights in its run folder with their times."""
+    """What the cells of a notebook showed, the last one as HTML, and the weights in its run folder
+    with their times."""
 
     text: str
     images: int
+    last: str
     folder: Path
     weights: dict[Path, int]
 
@@ -64,6 +67,7 @@ def execute(platform: str, clone: Path) -> Executed:
     return Executed(
         "".join(output.text for output in outputs if output.output_type == "stream"),
         sum("image/png" in output.get("data", {}) for output in outputs),
+        outputs[-1].get("data", {}).get("text/html", ""),
         run,
         {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")},
     )
@@ -118,7 +122,9 @@ def test_all_cells_run_and_show_what_they_promise(platform: str, executed: dict[
         "MB  runs/judge/adapter.gguf",
     ):
         assert shown in done.text, shown
-    assert done.images == 1
+    # The curves, then the same with the scores of held-out items; and the report at the end.
+    assert done.images == 2
+    assert html.escape((done.folder / "report.html").read_text(encoding="utf-8")) in done.last
     # The judge's figures of the reader's own text, and those of the held-out item with its gold.
     assert len(re.findall(r"score \d\.\d\d   std \d\.\d\d   mass \d\.\d\d", done.text)) == 2
     assert len(re.findall(r"gold \d", done.text)) == 1

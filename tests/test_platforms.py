@@ -17,7 +17,8 @@ WITHOUT_UNIX = """
 import builtins, os, pkgutil
 import torch, transformers, peft, accelerate, datasets
 real, unix = builtins.__import__, {"resource", "fcntl", "pwd", "grp", "termios", "posix", "pty", "syslog"}
-OWN = ("tract_lite", "two_stage", "prepare", "example", "install", "notebooks")
+OWN = ("tract_lite", "two_stage", "prepare", "example", "evidence", "evidence_page", "evidence_tasks", "install",
+       "notebooks", "pictures")
 
 def import_as_on_windows(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__", "").partition(".")[0]
