@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from tract_lite.data.columns import ALIASES, parse_columns
+from tract_lite.data.columns import parse_columns
+from tract_lite.data.names import ALIASES
 from tract_lite.data.records import BadRows, records_from
 from tract_lite.record import Record, Rubric
 

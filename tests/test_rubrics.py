@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from tract_lite.data.criteria import named_criteria, read_criteria, read_rubric
 from tract_lite.data.records import read_records, records_from
-from tract_lite.data.rubrics import described_label, parse_rubric, read_rubric
+from tract_lite.data.rubrics import described_label, parse_rubric
 from tract_lite.record import Rubric
 
 WHOLE = Rubric("Is it true?", {"1": "no", "5": "yes"})
@@ -166,3 +167,67 @@ def test_the_rubric_of_a_file_takes_the_place_of_its_rows_which_is_said(tmp_path
     records = read_records(tmp_path / "data.csv", rubric=WHOLE)
     assert [record.rubric for record in records] == [WHOLE, WHOLE]
     assert "not read: criteria, description_1" in caplog.text
+
+
+# Several criteria in one file
+
+
+NAMED = [
+    {"criteria": {"clear": "Is it clear?", "true": {"criteria": "Is it true?", "1": "no", "5": "yes", "weight": 2}}},
+    {
+        "clear": "Is it clear?",
+        "true": {"criteria": "Is it true?", "descriptions": {"1": "no", "5": "yes"}, "weight": 2},
+    },
+    [{"name": "clear", "description": "Is it clear?"}, {"name": "true", **OBJECTS[1], "Weight": 2.0}],
+    {"rubric": [{"name": " clear ", "criteria": "Is it clear?"}, {"name": "true", **OBJECTS[6], "weight": 2}]},
+]
+
+
+@pytest.mark.parametrize("content", NAMED)
+def test_named_criteria_are_read_in_every_shape(content, tmp_path):
+    (tmp_path / "criteria.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_criteria(tmp_path / "criteria.json") == [
+        ("clear", Rubric("Is it clear?"), 1, None),
+        ("true", WHOLE, 2, None),
+    ]
+
+
+@pytest.mark.parametrize("content", [*OBJECTS, "Is it true?", [{"score": 1, "name": "bad", "text": "no"}], {"a": "b"}])
+def test_a_single_rubric_is_no_list_of_criteria(content):
+    assert named_criteria(content, "the file") == []
+
+
+def test_a_criterion_may_have_its_own_scale():
+    found = named_criteria([{"name": "n", "criteria": "c", "scale": "0-10"}], "the file")
+    assert found[0].scale.labels[-1] == "10"
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ('[{"name": "a", "criteria": "x"}, {"name": "A", "criteria": "y"}]', "two criteria named 'a'"),
+        ('{"criteria": {"a": "x", "a": "y"}}', "has 'a' twice"),
+        ('[{"name": "a", "criteria": "x", "weight": -1}]', "the weight of 'a' is -1"),
+        ('[{"name": "a", "criteria": "x", "weight": "much"}]', "the weight of 'a' is 'much'"),
+        ('[{"name": "a", "criteria": "x", "weight": NaN}]', "the weight of 'a' is nan"),
+        ('[{"name": "a", "criteria": "x", "weight": 0}]', "all weights are 0"),
+        ('[{"name": "a", "criteria": "x"}, {"criteria": "y"}]', "criterion 2 has no name"),
+        ('[{"name": "a", "criteria": " "}]', "the criterion 'a' is empty"),
+        ('[{"name": "a", "criteria": "x", "weigth": 2}]', "'a' has keys that no rubric has: weigth"),
+        ('{"criteria": {"a": "x", "b": "y"}, "weights": {"a": 1}}', "keys beside its criteria: weights"),
+    ],
+)
+def test_criteria_that_can_not_be_read_are_two_lines_at_most(text, fault, tmp_path):
+    (tmp_path / "criteria.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=fault) as caught:
+        read_criteria(tmp_path / "criteria.json")
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_where_one_rubric_is_needed_several_are_refused_and_yaml_is_everywhere(tmp_path):
+    (tmp_path / "criteria.json").write_text(json.dumps(NAMED[0]), encoding="utf-8")
+    with pytest.raises(ValueError, match="has named criteria \\(clear, true\\)"):
+        read_rubric(tmp_path / "criteria.json")
+    (tmp_path / "criteria.yaml").write_text("criteria: Is it true?", encoding="utf-8")
+    with pytest.raises(ValueError, match="a rubric is read as JSON or as plain text"):
+        read_criteria(tmp_path / "criteria.yaml")

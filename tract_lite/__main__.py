@@ -112,10 +112,11 @@ def judge(args: argparse.Namespace) -> None:
 
     options = options_from(JudgeOptions, args)
     if args.explain is not None:
-        record, judgement = judge_item(args.model, args.input, args.explain, options)
-        print(judgement.explain(record))
-        if judgement.error:
-            raise RuntimeError(f"item {record.id!r} could not be judged: {judgement.error}")
+        judged = judge_item(args.model, args.input, args.explain, options)
+        print("\n\n".join(judgement.explain(record) for record, judgement in judged))
+        for record, judgement in judged:
+            if judgement.error:
+                raise RuntimeError(f"item {record.id!r} could not be judged: {judgement.error}")
     elif args.output is None:
         raise ValueError("name the output with -o FILE.jsonl, .csv or .parquet, or give --explain")
     elif str(args.output) == "-":
@@ -133,13 +134,20 @@ def gate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print how well judgements agree with their gold scores."""
+    """Print how well judgements agree with their gold scores, or which of several answers wins."""
+    from tract_lite.data.table import read_columns
+    from tract_lite.data.wins import wins_in_words
+    from tract_lite.report.comparison import rows_by_criterion
     from tract_lite.report.contents import notes_of, rows_of, verdict_of
     from tract_lite.report.items import judged_in_file
     from tract_lite.report.rows import other_figures, short_table
 
     if not args.output.exists():
         raise FileNotFoundError(f"no file {args.output}")
+    if wins := wins_in_words(read_columns(args.output)):
+        # Rows of several answers have no gold score of their own.
+        print(wins)
+        return
     judged = judged_in_file(args.output)
     rows = rows_of(judged)
     own = rows[judged.name]
@@ -154,6 +162,18 @@ def evaluate(args: argparse.Namespace) -> None:
     gold = f"{len(judged.items)} items with a gold score, {own['count']} of them with a judgement"
     print(f"{gold}; {judged.without_gold} without a gold score are left out")
     print("", *textwrap.wrap(verdict_of(judged, rows), 100), sep="\n")
+    if by_criterion := rows_by_criterion(args.output):
+        print("", "by each criterion:", "", short_table(by_criterion), sep="\n")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print how much better one judged file agrees with the gold scores than another."""
+    from tract_lite.report.comparison import compared_files
+
+    for path in (args.first_path, args.second_path):
+        if not path.exists():
+            raise FileNotFoundError(f"no file {path}")
+    print(compared_files(args.first_path, args.second_path, args.data))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -170,6 +190,8 @@ MODEL = ("model", "MODEL", "GGUF file, or the http(s) URL of a server")
 VALIDATION = ("data", "VALIDATION", "file or hub id of items like those to come, not trained on")
 INPUT = ("input", "INPUT", "file or hub id; '-' is JSONL on standard input")
 JUDGED = ("output", "OUTPUT", "what `judge` has written: FILE.jsonl, or the table of its rows")
+FIRST = ("first_path", "FIRST", "what `judge` has written, with gold scores: FILE.jsonl, or the table of its rows")
+SECOND = ("second_path", "SECOND", "what another judge has written of the same items")
 JUDGE_OUTPUT = (
     "FILE.jsonl, to which what is missing is added, a table of its rows (FILE.csv, FILE.parquet), or '-' for JSONL on "
     "standard output"
@@ -177,6 +199,7 @@ JUDGE_OUTPUT = (
 PAGE_OF = ("path", "PATH", "folder of a run, or what `judge` has written: FILE.jsonl, or the table of its rows")
 PAGE_OUTPUT = "the page (report.html in the folder of a run, FILE.report.html beside another file)"
 PAGE_DATA = "what was judged, for the texts in the page of FILE.jsonl, and gold scores where it has none"
+COMPARE_DATA = "what was judged, for the rubrics of the items of FILE.jsonl, and gold scores where it has none"
 # Each verb with its positional arguments, what it writes, and its options.
 VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
     (train, (DATA,), "FOLDER", TrainOptions),
@@ -186,6 +209,7 @@ VERBS: tuple[tuple[Callable, tuple, str, type | None], ...] = (
     (judge, (MODEL, INPUT), "", JudgeOptions),
     (gate, (MODEL, VALIDATION), "", GateOptions),
     (evaluate, (JUDGED,), "", None),
+    (compare, (FIRST, SECOND), "", None),
     (report, (PAGE_OF,), "", None),
 )
 
@@ -199,7 +223,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         verb = verbs.add_parser(run.__name__, help=run.__doc__)
         verb.set_defaults(run=run)
         for name, shown, meaning in places:
-            is_path = name.endswith("_dir") or name in ("output", "path")
+            is_path = name.endswith(("_dir", "path")) or name == "output"
             verb.add_argument(name, type=Path if is_path else str, metavar=shown, help=meaning)
         if written:
             verb.add_argument("-o", "--output", type=Path, required=True, metavar=written)
@@ -210,6 +234,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if run is report:
             verb.add_argument("-o", "--output", type=Path, metavar="FILE.html", help=PAGE_OUTPUT)
             verb.add_argument("--data", metavar="FILE", help=PAGE_DATA)
+        if run is compare:
+            verb.add_argument("--data", metavar="FILE", help=COMPARE_DATA)
         if kind:
             add_flags(verb, kind)
     return parser.parse_args(arguments)

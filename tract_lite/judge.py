@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence, Unpack
 
 from tract_lite.data.files import fingerprint
+from tract_lite.data.frames import judged_frame
 from tract_lite.data.places import content_of, seed_model_of
 from tract_lite.data.resume import ResumableRows
 from tract_lite.engines.asking import Asking
@@ -186,6 +187,18 @@ class Judge:
         rows.claim(self.how(n_cot, seed, gate), self.engine.shape)
         filled = rows.fill(records, lambda some: (j.to_row() for j in self.score_many(some, n_cot, seed, gate=gate)))
         return map(Judgement.from_row, filled)
+
+    def score_frame(
+        self, frame: Any, n_cot: int | None = None, seed: int = 0, *, gate: float | None = None, **options: Any
+    ) -> Any:
+        """A pandas DataFrame with our columns beside its own, named as in the tables of `judge`.
+
+        Rows, order and index stay. `options` are those of `records_from`; `rubric` may also be
+        several criteria, or the path of a rubric's file, and a row may have several answers.
+        Raises ValueError: a row is unusable (`skip_bad` leaves it without a judgement).
+        """
+        options.setdefault("scale", self.spec.units or self.spec.scale)
+        return judged_frame(frame, lambda some: self.score_many(some, n_cot, seed, gate=gate), **options)
 
     def as_completed(
         self, records: Iterable[Record], n_cot: int | None = None, seed: int = 0

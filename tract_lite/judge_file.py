@@ -4,18 +4,21 @@ import logging
 import math
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tract_lite.data.criteria import read_criteria
+from tract_lite.data.parts import Part, asked_by, judged_parts, parts_of, whole_rows
 from tract_lite.data.records import Table, how_to_read, read_table
-from tract_lite.data.resume import ResumableRows, name_of, row_of
+from tract_lite.data.resume import ResumableRows, name_of
 from tract_lite.data.scales import DEFAULT_SCALE, named_scale, propose_scale
-from tract_lite.data.table import check_table, scales_in, write_table
+from tract_lite.data.table import check_table, scales_in, write_table, write_whole_rows
+from tract_lite.data.wins import wins_in_words
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.metrics import NORMALISED, choose_gate, ends_of, evaluate, format_table, tokens_of
@@ -26,37 +29,68 @@ from tract_lite.version import __version__
 
 logger = logging.getLogger(__name__)
 
+Judged = TypeVar("Judged")
+
 # A server's key is not given on the command line, where others could read it.
 API_KEY = "TRACT_LITE_API_KEY"
 
 
+class _PartRows(ResumableRows):
+    """Rows of judgements that say what they are of."""
+
+    def __init__(self, path: Path, parts: Sequence[Part]):
+        super().__init__(path)
+        self._marks = {name_of(part.record): part.marks for part in parts}
+
+    def append(self, record: Record, row: Mapping[str, Any]) -> None:
+        super().append(record, {**row, **self._marks[name_of(record)]})
+
+    def complete(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """The rows of all parts, which are there, with what is said of these now."""
+        for part in parts:
+            if (row := self.row(name_of(part.record))).get("of") != part.of:
+                self.append(part.record, row)
+        self.tidy()
+        return [self.row(name_of(part.record)) for part in parts]
+
+
 def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> str:
-    """Judge what has no judgement in the output yet; returns what was done, in a line.
+    """Judge what has no judgement in the output yet; returns what was done, in a line, and who won
+    where several answers are compared.
 
     The rows stand in a JSONL file, appended as they come. `x.csv` or `x.parquet` is a table made
     from the rows in `x.jsonl`; `x.run.json` says how they were judged.
     Raises ValueError: the output holds something else. Raises RuntimeError: nothing was judged.
     """
     _check(model, options)
-    rows = ResumableRows(_rows_file(output, source))
-    records, given = _read(model, source, options)
+    rows_file = _rows_file(output, source)
+    table, parts = _read(model, source, options)
+    rows, records = _PartRows(rows_file, parts), [part.record for part in parts]
     missing = sum(not rows.has(record) for record in records)
     failures, reasoned = [], 0
     with _open(model, options, records) as judge:
         judge.engine.shape["tract_lite"] = __version__
-        judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate, resume=rows)
-        for judgement in _with_progress(judged, len(records), len(records) - missing):
-            failures += [judgement.error] if judgement.error else []
-            reasoned += bool(judgement.feedback)
-        if output != rows.path:
-            names = list(map(name_of, records))
-            write_table(output, rows.rows(names), scales_in(rows.rows(names)), dict(zip(names, given)))
+        asked = [part.record for part in parts if not part.error]
+        judged = judge.score_many(asked, options.n_cot, options.seed, gate=options.gate, resume=rows)
+        for part, row in _with_progress(judged_parts(parts, lambda _: judged), len(records), len(records) - missing):
+            if part.error:
+                rows.append(part.record, row)
+            failures += [row["error"]] if row["error"] else []
+            reasoned += bool(row["feedback"])
+    names = list(map(name_of, records))
+    given = {name_of(record): row for record, row in zip(table.records, table.rows)}
+    whole = whole_rows(rows.complete(parts)) if any(part.of for part in parts) else []
+    if output != rows.path and whole:
+        write_whole_rows(output, whole, given)
+    elif output != rows.path:
+        write_table(output, rows.rows(names), scales_in(rows.rows(names)), given)
     _check_failures(failures, records)
     first = f"; the first failure: {failures[0]}" if failures else ""
     there = len(records) - missing
-    done = f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already"
+    of_rows = f", in parts of {len(given)} rows" if whole else ""
+    done = f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already{of_rows}"
     gated = "" if options.gate is None else f"; {reasoned} of {len(records)} with reasonings"
-    return f"{done}{gated}{_without_gold(records)}{first}"
+    return "\n\n".join(filter(None, [f"{done}{gated}{_without_gold(table.records)}{first}", wins_in_words(whole)]))
 
 
 def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[str, Any]]:
@@ -64,29 +98,37 @@ def judge_rows(model: str, source: str, options: JudgeOptions) -> Iterator[dict[
     Raises RuntimeError: nothing was judged.
     """
     _check(model, options)
-    records = _read(model, source, options).records
-    failures = []
+    table, parts = _read(model, source, options)
+    records, failures = [part.record for part in parts], []
     with _open(model, options, records) as judge:
-        judged = judge.score_many(records, options.n_cot, options.seed, gate=options.gate)
-        for record, judgement in zip(records, _with_progress(judged, len(records), 0)):
-            failures += [judgement.error] if judgement.error else []
-            yield row_of(record, judgement.to_row(), gold=True)
-    logger.info("%d judged, %d of them failed%s", len(records), len(failures), _without_gold(records))
+        judged = judged_parts(
+            parts, lambda some: judge.score_many(some, options.n_cot, options.seed, gate=options.gate)
+        )
+        for _, row in _with_progress(judged, len(records), 0):
+            failures += [row["error"]] if row["error"] else []
+            yield row
+    logger.info("%d judged, %d of them failed%s", len(records), len(failures), _without_gold(table.records))
     _check_failures(failures, records)
 
 
-def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> tuple[Record, Judgement]:
-    """The item of an id, or the first, and its judgement. Raises ValueError: no such item."""
+def judge_item(model: str, source: str, name: str, options: JudgeOptions) -> list[tuple[Record, Judgement]]:
+    """The item of an id, or the first, in its parts, each with its judgement.
+    Raises ValueError: no such item.
+    """
     _check(model, options)
-    records = _read(model, source, options).records
-    record = next((record for record in records if name in ("", record.id)), None)
-    if record is None:
-        raise ValueError(f"{source} has no item with the id {name!r}; its first is {records[0].id!r}")
-    samples = max(options.n_cot or 1, 1)
+    table, parts = _read(model, source, options)
+    names = {name_of(record) for record in table.records}
+    item = next(filter(names.__contains__, [name] if name else map(name_of, table.records)), None)
+    if item is None:
+        raise ValueError(f"{source} has no item with the id {name!r}; its first is {table.records[0].id!r}")
+    chosen = [part for part in parts if item == (part.of["item"] if part.of else name_of(part.record))]
+    samples = max(options.n_cot or 1, 1) * len(chosen)
     at_once = min(options.parallel or samples, samples)
-    with _open(model, options, records, parallel=at_once) as judge:
-        [judgement] = judge.score_many([record], options.n_cot, options.seed, gate=options.gate)
-    return record, judgement
+    with _open(model, options, [part.record for part in chosen], parallel=at_once) as judge:
+        asked = [part.record for part in chosen if not part.error]
+        judged = judge.score_many(asked, options.n_cot, options.seed, gate=options.gate)
+        rows = [row for _, row in judged_parts(chosen, lambda _: judged)]
+    return [(part.record, Judgement.from_row(row)) for part, row in zip(chosen, rows)]
 
 
 def find_gate(model: str, source: str, options: GateOptions) -> str:
@@ -99,7 +141,7 @@ def find_gate(model: str, source: str, options: GateOptions) -> str:
     n_cot = 1 if options.n_cot is None else options.n_cot
     if n_cot < 1 or not 0 <= options.share <= 1:
         raise ValueError("a gate needs --n-cot of 1 or more, and a --share of the tokens from 0 to 1")
-    records = _read(model, source, options).records
+    records = [part.record for part in _read(model, source, options)[1] if not part.error]
     if any(record.score is not None for record in records):
         # What measures them is missed before all items are judged, and not after.
         import scipy  # noqa: F401
@@ -134,15 +176,19 @@ def _costs(rows: Mapping[str, Sequence[Judgement]], records: Sequence[Record]) -
     return "\n".join([shown, *notes])
 
 
-def _read(model: str, source: str, options: AskOptions) -> Table:
-    """The input. Gold scores are read as the judge's scale has them, and are not needed."""
+def _read(model: str, source: str, options: AskOptions) -> tuple[Table, list[Part]]:
+    """The input, and what is to be judged of it. Gold scores are read as the judge's scale has
+    them, and are not needed."""
     scale = None
     if options.spec or not (_is_server(model) or options.adapter):
         from tract_lite.engines.llama_cpp import spec_at
 
         spec = spec_at(options.spec or model)
         scale = (spec.units or spec.scale) if spec else named_scale(options.scale or str(DEFAULT_SCALE))
-    return read_table(source, scale=scale, gold_needed=False, **how_to_read(options))
+    criteria = read_criteria(options.rubric) if options.rubric and not options.criteria else []
+    how = how_to_read(replace(options, rubric=None) if criteria else options)
+    table = read_table(source, **asked_by(criteria, {"scale": scale, **how}))
+    return table, parts_of(table, criteria, scale)
 
 
 def _without_gold(records: Sequence[Record]) -> str:
@@ -175,7 +221,7 @@ def _rows_file(output: Path, source: str) -> Path:
     return rows_file
 
 
-def _with_progress(judged: Iterator[Judgement], count: int, done: int) -> Iterator[Judgement]:
+def _with_progress(judged: Iterable[Judged], count: int, done: int) -> Iterator[Judged]:
     """A bar for those that are judged now; what is logged meanwhile stands above it."""
     bar = tqdm(desc="judging", total=count, initial=done, unit="item", smoothing=0, disable=sys.stderr is None)
     with logging_redirect_tqdm(), bar as progress:

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
 from statistics import pstdev, stdev
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,8 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 WIDEST, NARROWEST = 100, 32
 # Of a record's text, so much is shown.
 SHOWN = 1200
+# The largest difference of two weighted means is so many steps, in which distributions are added.
+STEPS = 10_000
 # What would steer a terminal, turn the direction of the text, or can't be written.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -198,6 +200,32 @@ class Judgement:
         if self.missing_mass and self.error_bound:
             missed = f"the top log-probabilities, which miss {self.missing_mass:.2g} of the probability"
             yield f"read from {missed}: the score may be off by {self.error_bound:.2g}"
+
+
+def mean_above(ours: Sequence[Judgement], theirs: Sequence[Judgement], weights: Sequence[float]) -> float:
+    """P(A > B) of two weighted means, each of judgements by the same criteria; ties count half.
+
+    All judgements are taken as independent, normalised, and added up exactly but for the rounding
+    to `STEPS` of the largest difference. For a single one it is `probability_above`.
+    Raises ValueError: as `probability_above`.
+    """
+    each = [one.probability_above(other) for one, other in zip(ours, theirs, strict=True)]
+    if len(each) == 1:
+        return each[0]
+    reach = sum(weight * (max(one.values.values()) - min(one.values.values())) for one, weight in zip(ours, weights))
+    gaps = np.zeros(2 * STEPS + 1)
+    gaps[STEPS] = 1.0
+    for one, other, weight in zip(ours, theirs, weights):
+        values = np.array(list(one.values.values()))
+        shares, others = (np.array([judged.probabilities[label] for label in one.values]) for judged in (one, other))
+        steps = np.rint(np.subtract.outer(values, values) * weight / reach * STEPS).astype(int)
+        gained = np.bincount((steps + STEPS).ravel(), np.outer(shares, others).ravel() / (one.mass * other.mass))
+        places = np.flatnonzero(gained)
+        gaps = sum(gained[place] * np.roll(gaps, place - STEPS) for place in places)
+    # Each rounding is of half a step at most: what is no farther from 0 than all of them is a tie.
+    rounding = len(each) // 2
+    won, lost = gaps[STEPS + rounding + 1 :].sum(), gaps[: STEPS - rounding].sum()
+    return float((1 + won - lost) / 2)
 
 
 def _visible(text: str) -> str:

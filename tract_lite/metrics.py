@@ -80,20 +80,15 @@ def compare_judges(
     both does not count. `a` and `b` hold what `evaluate` says of each on these items.
     Raises ValueError: lengths differ, no item is judged by both, or a gold score is not finite.
     """
-    gold, a, b = _paired(golds, *([_score_of(one) for one in judged] for judged in (judged_a, judged_b)))
-    both = np.isfinite(a) & np.isfinite(b)
-    if not both.any():
-        raise ValueError("there is no item that both judges have judged")
-    a, b, gold = a[both], b[both], gold[both]
-    ends = [ends_of(getattr(judged_a[place], "values", None)) for place in np.flatnonzero(both).tolist()]
-    several = ends if None not in ends and len(set(ends)) > 1 else None
-    figures = {"a": evaluate(a, gold, several), "b": evaluate(b, gold, several)}
-    if several:
-        low, high, _ = _each_ends(several, np.isfinite(gold))
-        a, b, gold = ((scores - low) / (high - low) for scores in (a, b, gold))
-    differences = {name: figures["a"][name] - figures["b"][name] for name in WITH_INTERVAL}
-    intervals = _bootstrap(lambda figure, i: figure(a[i], gold[i]) - figure(b[i], gold[i]), gold.size)
-    return {"count": int(both.sum()), "differences": differences, "intervals": intervals, **figures}
+    a, b = ([_score_of(one) for one in judged] for judged in (judged_a, judged_b))
+    ends = [ends_of(getattr(one, "values", None)) for one in judged_a]
+    both = [place for place, pair in enumerate(zip(a, b)) if all(map(math.isfinite, pair))]
+    known = {ends[place] for place in both}
+    several = ends if len(known) > 1 and None not in known else None
+    compared = _compared(a, b, golds, several, WITH_INTERVAL)
+    of_both, gold = [ends[place] for place in both] if several else None, [golds[place] for place in both]
+    figures = {name: evaluate([one[i] for i in both], gold, of_both) for name, one in (("a", a), ("b", b))}
+    return compared | figures
 
 
 def better_by(
@@ -108,7 +103,19 @@ def better_by(
     their `intervals` as in `compare_judges`. `ends` are those of `evaluate`, and so are NaN.
     Raises ValueError: as `evaluate`, or no item has both.
     """
-    gold, a, b = _paired(golds, predictions, others)
+    compared = _compared(others, predictions, golds, ends, ERRORS)
+    return {"count": compared["count"], **compared["differences"], "intervals": compared["intervals"]}
+
+
+def _compared(
+    scores: Sequence[float | None],
+    others: Sequence[float | None],
+    golds: Sequence[float],
+    ends: Ends | Sequence[Ends | None] | None,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """`count`, `differences` and `intervals` of some figures: see `compare_judges`."""
+    gold, a, b = _paired(golds, scores, others)
     both = np.isfinite(a) & np.isfinite(b)
     if not both.any():
         raise ValueError("there is no item that both judges have judged")
@@ -117,13 +124,17 @@ def better_by(
         low, high, count = _each_ends(ends, both)
         is_off = bool(((gold < low) | (gold > high)).any())
         if count > 1:
-            gold, a, b = ((scores - low) / (high - low) for scores in (gold, a, b))
+            gold, a, b = ((each - low) / (high - low) for each in (gold, a, b))
     gold, a, b = gold[both], a[both], b[both]
-    figures = {name: float(_FIGURES[name](b, gold) - _FIGURES[name](a, gold)) for name in ERRORS}
-    intervals = _bootstrap(lambda figure, i: figure(b[i], gold[i]) - figure(a[i], gold[i]), gold.size, ERRORS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        differences = {name: float(_FIGURES[name](a, gold) - _FIGURES[name](b, gold)) for name in names}
+    intervals = _bootstrap(lambda figure, i: figure(a[i], gold[i]) - figure(b[i], gold[i]), gold.size, names)
     if is_off:
-        figures, intervals = dict.fromkeys(ERRORS, math.nan), dict.fromkeys(ERRORS, (math.nan, math.nan))
-    return {"count": int(both.sum()), **figures, "intervals": intervals}
+        unknown = [name for name in names if name in IN_UNITS]
+        differences |= dict.fromkeys(unknown, math.nan)
+        intervals |= dict.fromkeys(unknown, (math.nan, math.nan))
+    return {"count": int(gold.size), "differences": differences, "intervals": intervals}
 
 
 def choose_gate(direct: Sequence[Judgement], reasoned: Sequence[Judgement] | None = None, share: float = 0.35) -> float:
@@ -203,6 +214,7 @@ def format_table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str] =
         shown = (values[column] for column in columns)
         cells.append([name, *(v if isinstance(v, str) else f"{v:.3f}" for v in shown)])
     widths = [max(map(len, column)) for column in zip(*cells)]
+    widths[1:] = [max(2, width) for width in widths[1:]]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
     for first, *others in (cells[0], rule, *cells[1:]):

@@ -80,7 +80,9 @@ class DataOptions:
         None, "columns by field, as in response=Answer score=Rating", group="data", metavar="FIELD=COLUMN"
     )
     criteria: str | None = option(None, "what makes a score, for all rows", group="data", metavar="TEXT")
-    rubric: str | None = option(None, "file of a rubric for all rows (JSON, or a text)", group="data", metavar="FILE")
+    rubric: str | None = option(
+        None, "file of a rubric for all rows (JSON, or a text), or of several to judge by", group="data", metavar="FILE"
+    )
     skip_bad: bool = option(False, "leave unusable rows out", group="data")
 
 

@@ -7,30 +7,9 @@ from functools import lru_cache
 from shlex import quote
 from typing import Any, Iterable, Mapping, Sequence
 
+from tract_lite.data.names import ALIASES, HOLDERS, answer_named, plain_name, reading_of
 from tract_lite.data.rubrics import described_label
 
-# Each field with the names that are known for it, in lower case, words joined by underscores.
-ALIASES = {
-    "instruction": "instruction question query user_input user_prompt user_message problem",
-    "input": "input",
-    "response": "response answer output actual_output completion generation generated generated_text candidate pred "
-    "prediction reply model_output model_response model_answer assistant_response llm_output llm_response llm_answer",
-    "criteria": "criteria criterion evaluation_criteria scoring_criteria guidelines",
-    "rubric": "rubric scoring_rubric score_rubric",
-    "reference": "reference reference_answer reference_response reference_output expected_output expected_answer "
-    "expected ground_truth gold_answer gold_response ideal ideal_answer correct_answer target",
-    "score": "score rating gold_score human_score human_rating overall_score overall_rating grade stars",
-    "scale": "scale score_scale rating_scale",
-    "gold_scores": "gold_scores human_scores annotator_scores",
-    "feedback": "feedback reasoning rationale explanation justification critique comment comments annotator_comment",
-    "prompt": "prompt",
-    "messages": "messages conversation conversations dialogue dialog chat",
-    "id": "id uid uuid item_id row_id example_id sample_id record_id",
-    "feedback_ids": "feedback_ids",
-}
-_FIELDS = {alias: field for field, aliases in ALIASES.items() for alias in aliases.split()}
-# As good as the field's own name: beside it, nobody knows which of the two is meant.
-_RIVALS = {"gold_score", "human_score", "human_rating"}
 BENCHMARK = {"gpt4_feedback", "gpt4_score"}
 # The Feedback Collection has its texts twice: apart, with this prefix, and inside a ready prompt.
 _COLLECTION, _READY = "orig_", {"instruction", "input", "output"}
@@ -44,10 +23,6 @@ _STANDS_FOR = {
     "rubric": "criteria",
     "gpt4_score": "instruction criteria score",
 }
-# Exports join the names of nested objects with dots: those that say nothing, first or last.
-_HOLDERS = set("inputs outputs fields data item row record example annotation annotations".split())
-_HOLDERS |= {"rubric", "score_rubric", "scoring_rubric"}
-_VALUES = {"value", "text", "content"}
 # Beside a ready prompt: what is no text to judge, and what sounds like one.
 _MARKS = set("category categories source dataset subset split language lang domain topic type model tags idx".split())
 _MARKS |= set("index difficulty level version timestamp date time annotator user".split())
@@ -87,14 +62,15 @@ class Fields:
 class Columns:
     """How the columns of one source are read, and what of them was not.
 
-    `given` maps fields to the names of their columns, or to "" for a field that is not to be read.
+    `given` maps fields to the names of their columns, or to "" for a field that is not to be read;
+    `elsewhere` names columns that others read.
     Raises ValueError: a field that no record has.
     """
 
-    def __init__(self, given: Mapping[str, str] | None = None):
-        self.given = dict(given or {})
+    def __init__(self, given: Mapping[str, str] | None = None, elsewhere: Iterable[str] = ()):
+        self.given, self._elsewhere = dict(given or {}), set(map(plain_name, elsewhere))
         for field in self.given:
-            if field not in ALIASES and not described_label(field):
+            if field not in ALIASES and not described_label(field) and not answer_named(field):
                 raise ValueError(
                     f"--columns: no field {field!r}{_meant(field, ALIASES)}; there are {', '.join(ALIASES)}"
                 )
@@ -105,6 +81,7 @@ class Columns:
         self._names: dict[str, None] = {}
         self._read: Counter[tuple[str, str]] = Counter()
         self._unread: Counter[str] = Counter()
+        self._made: set[tuple[str, str]] = set()
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's cells by field. Raises ValueError: two filled columns may be one field."""
@@ -134,7 +111,14 @@ class Columns:
     def unread(self, row: Mapping[str, Any], fields: Fields) -> list[str]:
         """The filled columns of a row that were not read."""
         read = {fields.columns[field] for field in fields.read}
-        return [name for name in row if name not in read and not is_blank(row[name]) and name not in _OWN]
+        own = {name for name in row if name in _OWN or plain_name(name) in self._elsewhere}
+        return [name for name in row if name not in read | own and not is_blank(row[name])]
+
+    def count_as(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+        """Count columns as what they were read as, in the place of the fields' own names."""
+        self._names |= dict.fromkeys(row)
+        self._read.update(fields.items())
+        self._made |= {(field, field) for field in fields.values() if field not in row}
 
     def check(self) -> None:
         """Raises ValueError: a column that was given is in no row."""
@@ -152,8 +136,9 @@ class Columns:
         covered = fields.union(*(_STANDS_FOR.get(field, "").split() for field in fields))
         absent = [field for field in ("instruction", "criteria", "score") if field not in covered]
         lacking = [field for field in ALIASES if field not in fields]
-        unread = [name if _reading(name) else name + _meant(name, lacking) for name in self._unread]
-        renamed = [(name, _shown(name, field)) for name, field in self._read if name not in _OWN]
+        unread = [name if reading_of(name) else name + _meant(name, lacking) for name in self._unread]
+        read = [pair for pair in self._read if pair[0] not in _OWN and pair not in self._made]
+        renamed = [(name, _shown(name, field)) for name, field in read]
         parts = {"read": [shown for _, shown in renamed], "not read": unread, "not there": absent}
         said = "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
         if any(name.startswith(_COLLECTION) for name, _ in renamed):
@@ -162,7 +147,7 @@ class Columns:
 
     def without_response(self, row: Mapping[str, Any]) -> str:
         """What to say of a row that has no text to judge."""
-        texts = [name for name, cell in row.items() if isinstance(cell, str) and not _reading(name)]
+        texts = [name for name, cell in row.items() if isinstance(cell, str) and not reading_of(name)]
         close = [quote(f"response={name}") for name in texts if _meant(name, ["response"])]
         advice = f"did you mean --columns {close[0]}?" if close else "--columns response=NAME names it"
         if "column 2" in row:
@@ -182,7 +167,7 @@ class Columns:
         collection = "orig_response" in names
         for name in names:
             bare = name.removeprefix(_COLLECTION) if collection else name
-            if name in taken.values() or collection and name in _READY or not (reading := _reading(bare)):
+            if name in taken.values() or collection and name in _READY or not (reading := reading_of(bare)):
                 continue
             rank, field = reading
             if field not in self.given:
@@ -210,7 +195,7 @@ def is_blank(cell: Any) -> bool:
 
 def may_be_response(name: str, cell: Any) -> bool:
     """Whether an unknown column may hold a text to judge, and not only a mark or a number."""
-    plain = _plain(name)
+    plain = plain_name(name)
     if any(word in plain for word in _RESPONSES):
         return True
     is_mark = plain in _MARKS or plain.endswith(("_id", "_at")) or isinstance(cell, (bool, int, float))
@@ -221,7 +206,7 @@ def flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with what stands inside the objects of exports, by names with a dot."""
     found: dict[str, Any] = {}
     for name, cell in row.items():
-        opened = isinstance(cell, dict) and name.lower() in _HOLDERS and "rubric" not in name.lower()
+        opened = isinstance(cell, dict) and name.lower() in HOLDERS and "rubric" not in name.lower()
         found |= {f"{name}.{inside}": value for inside, value in cell.items()} if opened else {name: cell}
     return found
 
@@ -233,26 +218,6 @@ def listed(names: Iterable[str], joint: str = ", ") -> str:
     return joint.join([*names[:MOST_SHOWN], *more])
 
 
-def field_named(name: str) -> str | None:
-    """The field that a column of this name is read as."""
-    reading = _reading(name)
-    return reading and reading[1]
-
-
-def _reading(name: str) -> tuple[int, str] | None:
-    """The field that a column's name stands for, and how sure that is: 0 for its own name."""
-    plain = _plain(name)
-    if name in ALIASES or described_label(name):
-        return 0, name
-    if plain in _FIELDS:
-        return 0 if plain in _RIVALS else 1 if plain == _FIELDS[plain] else 2, _FIELDS[plain]
-    first, *_, last = [_plain(part) for part in re.split(r"[./]", name)] * 2
-    if first.startswith("reference") and _FIELDS.get(last) == "response":
-        return 3, "reference"
-    field = _FIELDS.get(last) if first in _HOLDERS else _FIELDS.get(first) if last in _VALUES else None
-    return (3, field) if field else None
-
-
 def _shown(name: str, field: str) -> str:
     """A column with what it is read as, unless its name says that."""
     label = described_label(field)
@@ -261,20 +226,14 @@ def _shown(name: str, field: str) -> str:
     return name if name in (field, _COLLECTION + field) or label else f"{name} as {field}"
 
 
-def _plain(name: str) -> str:
-    """A name in lower case without a scale in brackets, its words joined by underscores."""
-    bare = re.sub(r"[(\[]\s*\d[^)\]]*[)\]]", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name))
-    return re.sub(r"[\W_]+", "_", bare).strip("_").lower() if not re.search(r"[()\[\]]", bare) else bare.lower()
-
-
 def _find(name: str, names: Sequence[str]) -> str | None:
     """The column of this name, or the only one that differs in case, blanks or brackets."""
-    alike = [name] if name in names else [other for other in names if _plain(other) == _plain(name)]
+    alike = [name] if name in names else [other for other in names if plain_name(other) == plain_name(name)]
     return alike[0] if len(alike) == 1 else None
 
 
 def _meant(name: str, candidates: Iterable[str]) -> str:
     """A question after one of the candidates, by its aliases if it is a field, that is close."""
-    known = {alias: field for field in candidates for alias in ALIASES.get(field, _plain(field)).split()}
-    close = [] if _plain(name).endswith("id") else get_close_matches(_plain(name), list(known), 1, 0.8)
+    known = {alias: field for field in candidates for alias in ALIASES.get(field, plain_name(field)).split()}
+    close = [] if plain_name(name).endswith("id") else get_close_matches(plain_name(name), list(known), 1, 0.8)
     return f" (did you mean {known[close[0]]}?)" if close else ""

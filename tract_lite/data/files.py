@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, Iterable
 
-from tract_lite.data.columns import field_named, listed
+from tract_lite.data.columns import listed
 from tract_lite.data.hub import why_not_fetched
+from tract_lite.data.names import field_named
 from tract_lite.data.sheets import Rows, read_csv, read_xlsx
 from tract_lite.data.texts import EXCEL, ZIP, open_text
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence, TypedDict, Unpack
 
+from tract_lite.data.answers import answers_of, preferred_of
 from tract_lite.data.columns import Columns, is_blank, parse_columns
+from tract_lite.data.criteria import read_rubric
 from tract_lite.data.files import read_rows
 from tract_lite.data.formats import record_to_row, to_record
 from tract_lite.data.jsonl import write_rows
-from tract_lite.data.rubrics import read_rubric
 from tract_lite.data.scales import golds_of
 from tract_lite.record import Record, Rubric, digest
 from tract_lite.scale import ScoreScale
@@ -45,7 +46,7 @@ class Options(TypedDict, total=False):
 
     `scale`: a score outside of it, or of the row's own, is bad. `gold_needed=False`: a score that
     can't be read is left out, and counted in a warning. `skip_bad`: bad rows are left out, counted
-    in a warning, and appended to `rejected`.
+    in a warning, and appended to `rejected`. `elsewhere`: columns that others read.
     """
 
     scale: ScoreScale | None
@@ -54,13 +55,27 @@ class Options(TypedDict, total=False):
     gold_needed: bool
     skip_bad: bool
     rejected: list[str] | None
+    elsewhere: Iterable[str]
+
+
+class Answers(NamedTuple):
+    """The records of several answers to one instruction, and which of them a person prefers.
+
+    Both go by the answers' letters; `preferred` may also be `TIE`, or None where nobody says it.
+    """
+
+    records: dict[str, Record]
+    preferred: str | None
 
 
 class Table(NamedTuple):
-    """Records, and the row that each one was read from."""
+    """Records, the row that each one was read from, and its place, from 0; and the row's answers,
+    where it has several: then its record is that of the first."""
 
     records: list[Record]
     rows: list[dict[str, Any]]
+    places: list[int]
+    answers: list[Answers | None]
 
 
 def read_records(
@@ -80,7 +95,8 @@ def read_records(
     Raises FileNotFoundError: no such file or hub id. Raises BadRows: some rows are unusable.
     Raises ValueError: the source can't be read, or no row of it is usable.
     """
-    return read_table(path_or_hub_id, format, split, encoding=encoding, **options).records
+    source = str(path_or_hub_id)
+    return _to_table(source, read_rows(source, format, split, encoding), **options).records
 
 
 def read_table(
@@ -91,22 +107,27 @@ def read_table(
     encoding: str | None = None,
     **options: Unpack[Options],
 ) -> Table:
-    """As `read_records`, with the rows beside the records."""
+    """As `read_records`, with the rows beside the records, and rows of several answers read."""
     source = str(path_or_hub_id)
-    return _to_table(source, read_rows(source, format, split, encoding), **options)
+    return _to_table(source, read_rows(source, format, split, encoding), True, **options)
 
 
 def records_from(rows: Any, **options: Unpack[Options]) -> list[Record]:
     """The records of dicts, or of a pandas DataFrame, as `read_records` reads a file of them.
     Raises BadRows: some rows are unusable. Raises ValueError: no row is usable.
     """
+    return table_from(rows, several=False, **options).records
+
+
+def table_from(rows: Any, several: bool = True, **options: Unpack[Options]) -> Table:
+    """As `records_from`, with the rows beside the records, and rows of `several` answers read."""
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         if len(set(rows.columns)) < len(rows.columns):
             raise ValueError(f"the data frame has two columns of one name: {', '.join(map(str, rows.columns))}")
         named = rows.reset_index() if any(rows.index.names) else rows
         rows = named.to_dict("records")
     placed = ((f"row {number}", _plain(row)) for number, row in enumerate(rows, 1))
-    return _to_table("the rows given", placed, **options).records
+    return _to_table("the rows given", placed, several, **options)
 
 
 def how_to_read(options: Any) -> dict[str, Any]:
@@ -130,27 +151,34 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _to_table(source: str, rows: Iterable[tuple[str, Any]], **options: Unpack[Options]) -> Table:
+def _to_table(source: str, rows: Iterable[tuple[str, Any]], several: bool = False, **options: Unpack[Options]) -> Table:
     scale, gold_needed, rejected = options.get("scale"), options.get("gold_needed", True), options.get("rejected")
-    columns = Columns(options.get("columns"))
+    columns = Columns(options.get("columns"), options.get("elsewhere", ()))
     records: list[Record] = []
+    answers: list[Answers | None] = []
     kept: list[dict[str, Any]] = []
     positions: list[int] = []
     bad: list[tuple[str, str]] = []
     golds: list[str] = []
+    how = columns, scale, options.get("rubric")
+    unread: list[str] = []
     count = empty = 0
     for count, (place, row) in enumerate(rows, 1):
         if isinstance(row, dict) and _is_empty(row):
             empty += 1
             continue
         try:
-            record = to_record(row, columns, scale, options.get("rubric"), None if gold_needed else golds)
+            parts = answers_of(row, columns) if several and isinstance(row, dict) else {}
+            read = [to_record(part, *how, None if gold_needed else golds) for part in parts.values() or [row]]
+            record = read[0]
             if gold_needed:
                 _check_scores(record, scale)
         except ValueError as error:
             bad.append((place, "; ".join(str(error).splitlines())))
             continue
         records.append(record)
+        preferred = _preferred(row, columns, parts, unread) if parts else None
+        answers.append(Answers(dict(zip(parts, read)), preferred) if parts else None)
         kept.append(row)
         positions.append(count - 1)
     columns.check()
@@ -167,11 +195,20 @@ def _to_table(source: str, rows: Iterable[tuple[str, Any]], **options: Unpack[Op
         "unusable rows left out": faults.rows,
         "rows with nothing in them left out": [""] * empty,
         "gold scores that can't be read, left out": golds,
+        "preferences that can't be read, left out": unread,
     }
     for what, lines in warnings.items():
         if lines:
             logger.warning("%s: %s: %d%s", source, what, len(lines), lines[0] and f"; the first: {lines[0]}")
-    return Table(with_own_ids(records, positions), kept)
+    return Table(with_own_ids(records, positions), kept, positions, answers)
+
+
+def _preferred(row: Mapping[str, Any], columns: Columns, parts: Iterable[str], unread: list[str]) -> str | None:
+    try:
+        return preferred_of(row, columns, [*parts])
+    except ValueError as error:
+        unread.append(str(error))
+        return None
 
 
 def _is_empty(row: Mapping[str, Any]) -> bool:

@@ -4,7 +4,6 @@ import ast
 import json
 import re
 from datetime import date, time
-from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, Mapping
 
@@ -15,16 +14,16 @@ CRITERIA = (
     *("criteria", "criterion", "evaluation_criteria", "scoring_criteria", "guidelines"),
     *("question", "description"),
 )
-_LEVELS = ("descriptions", "levels", "scores", "score_descriptions")
-_SCALE = "scale"
-_LABEL, _TEXT = ("score", "label", "level", "value"), ("description", "text", "meaning")
+LEVELS = ("descriptions", "levels", "scores", "score_descriptions")
+SCALE = "scale"
+LABEL, _TEXT = ("score", "label", "level", "value"), ("description", "text", "meaning")
 # A column of the whole row must say what it is; inside a rubric a bare "1" or "score_1" does.
 _DESCRIBES = r"(?:\w+\.)?(?:score[ _-]*(.+?)[ _-]+description|descriptions?[ _.-]+(.+))"
 _DESCRIBES_INSIDE = (
     rf"{_DESCRIBES}|(?:score|level|rating)[ _-]*(-?\d+)|(-?\d+(?:\.\d+)?)(?:\s*[-:=(\u2013]\s*[^\d\s].*)?"
 )
 # The beginning of an object or a list, in JSON or as Python prints it; prose may begin with "[".
-_OBJECT = re.compile(r"\s*(\{\s*[\"'}\d-]|\[\s*[\[{\"'\]])")
+OBJECT = re.compile(r"\s*(\{\s*[\"'}\d-]|\[\s*[\[{\"'\]])")
 
 
 def described_label(name: str, inside: bool = False) -> str | None:
@@ -36,33 +35,12 @@ def described_label(name: str, inside: bool = False) -> str | None:
     return match and _label(next(filter(None, match.groups())))
 
 
-def read_rubric(path: str | Path) -> Rubric:
-    """The rubric in a file: a JSON object of criteria and descriptions, or a text of criteria.
-    Raises ValueError: it holds none, or keys that are not read.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"the rubric {path} can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: save the rubric as JSON or as plain text") from error
-    rubric, unread = parse_rubric(text)
-    if rubric_scale(text) is not None:
-        raise ValueError(f"{path} has a scale, and is for all rows\nleave it out there, and give it as --scale")
-    if unread:
-        known = "criteria and descriptions, which maps labels to texts"
-        raise ValueError(f"{path} has keys that no rubric has: {', '.join(unread)}; a rubric has {known}")
-    if rubric is None:
-        raise ValueError(f"{path} holds no rubric")
-    return rubric
-
-
 def parse_rubric(value: Any) -> tuple[Rubric | None, list[str]]:
     """The rubric that a cell holds, None for a blank one, and the keys of it that were not read;
     its scale is that of `rubric_scale`.
     Raises ValueError: it looks like an object and can't be read as one, or holds other things.
     """
-    if isinstance(value, str) and _OBJECT.match(value):
+    if isinstance(value, str) and OBJECT.match(value):
         value = parse_object(value)
     if isinstance(value, list):
         value = {"descriptions": value} if value else {}
@@ -77,13 +55,13 @@ def parse_rubric(value: Any) -> tuple[Rubric | None, list[str]]:
     criteria = text_of(content[chosen], plain[chosen]) or "" if chosen else ""
     descriptions, unread = dict[str, str](), list[str]()
     for key, cell in content.items():
-        if plain[key] in _LEVELS and not isinstance(cell, (str, int, float)):
+        if plain[key] in LEVELS and not isinstance(cell, (str, int, float)):
             found, others = _levels(cell, plain[key])
             unread += [f"{key}.{name}" for name in others]
         elif label := described_label(key, inside=True):
             found = {label: text_of(cell, f"the description of {label}") or ""}
         elif key != chosen:
-            unread += [key] if plain[key] != _SCALE else []
+            unread += [key] if plain[key] != SCALE else []
             continue
         else:
             continue
@@ -100,10 +78,10 @@ def rubric_scale(value: Any) -> Any:
     Raises ValueError: it looks like an object and can't be read as one.
     """
     if isinstance(value, str):
-        value = parse_object(value) if _OBJECT.match(value) and _SCALE in value.lower() else None
+        value = parse_object(value) if OBJECT.match(value) and SCALE in value.lower() else None
     if not isinstance(value, Mapping):
         return None
-    found = next((cell for key, cell in value.items() if str(key).strip().lower() == _SCALE), None)
+    found = next((cell for key, cell in value.items() if str(key).strip().lower() == SCALE), None)
     return rubric_scale(value["rubric"]) if found is None and list(value) == ["rubric"] else found
 
 
@@ -134,7 +112,7 @@ def _levels(content: Any, name: str) -> tuple[dict[str, str], list[str]]:
         pairs = [(described_label(str(key), inside=True) or str(key).strip(), text) for key, text in content.items()]
         unread: dict[str, None] = {}
     elif isinstance(content, list) and all(isinstance(level, Mapping) for level in content):
-        keys = [(_key(level, _LABEL, name), _key(level, _TEXT, name)) for level in content]
+        keys = [(_key(level, LABEL, name), _key(level, _TEXT, name)) for level in content]
         pairs = [(_label(str(level[label])), level[text]) for level, (label, text) in zip(content, keys)]
         unread = dict.fromkeys(key for level, used in zip(content, keys) for key in level if key not in used)
     else:

@@ -5,7 +5,7 @@ import logging
 from itertools import chain
 from typing import Any, Iterable, Iterator, Sequence
 
-from tract_lite.data.columns import field_named
+from tract_lite.data.names import field_named
 
 logger = logging.getLogger(__name__)
 

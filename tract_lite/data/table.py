@@ -10,6 +10,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from tract_lite.data.files import read_rows
 from tract_lite.data.jsonl import read_rows as read_jsonl, replacing
+from tract_lite.data.parts import whole_rows
 from tract_lite.data.rubrics import parse_object
 from tract_lite.data.scales import read_scale, scale_cell
 from tract_lite.scale import ScoreScale
@@ -41,7 +42,18 @@ def write_table(path: Path, rows: Iterable[Row], scales: Sequence[Values], given
     column of the judge that the input has as well gets `judge_` before its name; its id stands
     there only where the input's own `id` is another one.
     """
-    own = dict.fromkeys(name for row in given.values() for name in row)
+    _write(path, *judged_columns(rows, scales, given), given)
+
+
+def write_whole_rows(path: Path, rows: Sequence[Row], given: Mapping[str, Row]) -> None:
+    """Write rows of several parts each (`whole_rows`) as a table, else as `write_table`."""
+    _write(path, whole_columns(rows, given), rows, given)
+
+
+def judged_columns(
+    rows: Iterable[Row], scales: Sequence[Values], given: Mapping[str, Row]
+) -> tuple[dict[str, str], Iterator[dict[str, Any]]]:
+    """The columns of the judge with their types, and the cells of each row in them."""
     figures = ["score", "normalised_score", "std", "spread", "doubt", "mode", "mass"]
     figures += ["end_mass"] * any(map(_has_beginnings, scales))
     labels = dict.fromkeys(label for values in scales for label in values)
@@ -49,24 +61,45 @@ def write_table(path: Path, rows: Iterable[Row], scales: Sequence[Values], given
     ours = {"id": "string", **dict.fromkeys(figures, "double"), "truncated": "bool"}
     ours |= {"error": "string", "gold": "double", "feedback": "string"}
     if (
-        "scale" in own
-        or len(scales) > 1
+        len(scales) > 1
+        or any("scale" in row for row in given.values())
         or any(_number(label) != value for values in scales for label, value in values.items())
     ):
         ours["scale"] = "string"
-    if "id" in own and all(str(row.get("id")) == name for name, row in given.items()):
-        del ours["id"]
-    names = {name: _free(name, own) for name in ours}
+    return _without_own_ids(ours, given), (_cells(row, [*labels]) for row in rows)
+
+
+def whole_columns(rows: Iterable[Row], given: Mapping[str, Row]) -> dict[str, str]:
+    """The columns of `whole_rows` with their types."""
+    texts = re.compile("(id|winner|preferred|error|feedback(_.*)?)")
+    names = dict.fromkeys(name for row in rows for name in row)
+    ours = {name: "string" if texts.fullmatch(name) else "double" for name in names}
+    return _without_own_ids(ours, given)
+
+
+def _without_own_ids(ours: dict[str, str], given: Mapping[str, Row]) -> dict[str, str]:
+    """Our columns, without `id` where each row of the input has the same one."""
+    is_own = bool(given) and all("id" in row and str(row["id"]) == name for name, row in given.items())
+    return {name: kind for name, kind in ours.items() if name != "id" or not is_own}
+
+
+def _write(path: Path, ours: Mapping[str, str], rows: Iterable[Row], given: Mapping[str, Row]) -> None:
+    own = dict.fromkeys(name for row in given.values() for name in row)
+    names = free_names(ours, own)
     columns = {name: _kind([row.get(name) for row in given.values()]) for name in own}
     columns |= {names[name]: kind for name, kind in ours.items()}
 
     def cells(row: Row) -> dict[str, Any]:
-        judged = _cells(row, [*labels])
         of_input = {name: _cell(cell, columns[name]) for name, cell in given.get(row["id"], {}).items()}
-        return of_input | {names[name]: judged.get(name) for name in ours}
+        return of_input | {names[name]: _written(row.get(name)) for name in ours}
 
     with replacing(path) as part:
         TABLES[path.suffix.lower()](part, columns, map(cells, rows))
+
+
+def free_names(ours: Iterable[str], own: Iterable[str]) -> dict[str, str]:
+    """The names of our columns beside those of the input."""
+    return {name: _free(name, own) for name in ours}
 
 
 def read_judged(path: Path) -> list[dict[str, Any]]:
@@ -77,7 +110,8 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix.lower() == ".jsonl":
         # Of two rows of one item the later one stands; without an id, each is an item.
-        return list({row.get("id") or (number,): row for number, row in enumerate(read_jsonl(path))}.values())
+        rows = list({row.get("id") or (number,): row for number, row in enumerate(read_jsonl(path))}.values())
+        return whole_rows(rows) or rows
     check_table(path)
     rows = [row for _, row in read_rows(str(path)) if isinstance(row, dict)]
     names = list(rows[0]) if rows else []
@@ -98,6 +132,17 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
         }
 
     return [read(row) for row in rows]
+
+
+def read_columns(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of judgements by their columns' names without `judge_`, those of the judge
+    in place of the input's. Raises ValueError: another kind of file.
+    """
+    if path.suffix.lower() == ".jsonl":
+        return read_judged(path)
+    check_table(path)
+    rows = [row for _, row in read_rows(str(path)) if isinstance(row, dict)]
+    return [{re.sub("^(judge_)+", "", name): cell for name, cell in row.items()} for row in rows]
 
 
 _MEASURED = ("score", "gold", "scale")
@@ -154,17 +199,19 @@ def _cell(cell: Any, kind: str) -> Any:
 
 def _cells(row: Row, labels: Sequence[str]) -> dict[str, Any]:
     shares = {f"p_{label}": row["probabilities"].get(label) for label in labels}
-    texts = {name: None if row[name] is None else _writable(row[name]) for name in ("id", "error")}
-    texts["feedback"] = _writable("\n\n".join(row["feedback"]))
     scale = _named(tuple((row.get("values") or {}).items()))
-    return {**row, **shares, **texts, "scale": scale}
+    return {**row, **shares, "feedback": "\n\n".join(row["feedback"]), "scale": scale}
+
+
+def _written(cell: Any) -> Any:
+    return _writable(cell) if isinstance(cell, str) else cell
 
 
 @lru_cache(maxsize=1024)
 def _named(values: tuple[tuple[str, float], ...]) -> str | None:
     """What names the scale of labels and values in a cell."""
     named = scale_cell(ScoreScale(*zip(*values))) if values else None
-    return named if named is None or isinstance(named, str) else _writable(json.dumps(named, ensure_ascii=False))
+    return named if named is None or isinstance(named, str) else json.dumps(named, ensure_ascii=False)
 
 
 def _writable(text: str) -> str:
