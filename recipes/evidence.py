@@ -14,6 +14,7 @@ soon as it is measured, and not measured again. What it needs (adapters, reasoni
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -44,14 +45,14 @@ class Grid:
     """The rows of a task with one random seed, and the folder of what they share."""
 
     task: Task
-    seed: int
+    random_seed: int
     folder: Path
 
     def adapter(self, name: str) -> Path:
         """The adapter of a row, trained unless it is there."""
         row = self.task.rows[name]
         training = self.reasoned(row.learns_from, self.task.training)
-        settings = replace(self.task.settings, seed=self.seed, **row.settings)
+        settings = replace(self.task.settings, seed=self.random_seed, **row.settings)
         return train_adapter(
             training,
             self.folder / _file_name(name),
@@ -59,7 +60,7 @@ class Grid:
             validation=self.reasoned(row.learns_from, self.task.validation),
             gradient_checkpointing=False,
             start=self.adapter(row.start) if row.start else None,
-            **self.task.seed,
+            **self.task.asked,
         )
 
     def reasoned(self, source: str | None, records: Sequence[Record]) -> list[Record]:
@@ -85,7 +86,7 @@ class Grid:
     def _written(self, writer: str, records: Sequence[Record], out: Path) -> dict[str, Record]:
         """By id, the records with the reasonings that the writer's judge has for them."""
         with self.open(writer) as judge:
-            kept, rejected = generate_cots(judge, records, out, self.seed)
+            kept, rejected = generate_cots(judge, records, out, self.random_seed)
         logger.info("%s: %d reasonings, %d rejected %s", out.name, len(kept), rejected.total(), dict(rejected))
         return {str(record.id): record for record in kept}
 
@@ -95,7 +96,7 @@ class Grid:
         shown = [show_score(record) for record in self._all]
         out = self.folder / f"{_file_name(SHOWN)}.jsonl"
         with self.open(SEED_MODEL) as judge:
-            judged = list(judge.score_many(shown, seed=self.seed, resume=out))
+            judged = list(judge.score_many(shown, seed=self.random_seed, resume=out))
         width = max(self.task.scale.values) - min(self.task.scale.values)
         found = {}
         for one in judged:
@@ -109,7 +110,7 @@ class Grid:
     def open(self, name: str) -> Any:
         """The judge of a row, or of the seed model before any training."""
         if name == SEED_MODEL:
-            return reasoning_judge(**self.task.seed)
+            return reasoning_judge(**self.task.asked)
         return reasoning_judge(self.adapter(name))
 
     def cell(self, name: str) -> dict[str, Any]:
@@ -117,26 +118,28 @@ class Grid:
         row, start = self.task.rows[name], time.perf_counter()
         with self.open(row.judged_by or name) as judge:
             resume = self.folder / f"{_file_name(name)}.judged.jsonl"
-            judged = list(judge.score_many(self.task.test, row.n_cot, self.seed, resume=resume))
+            judged = list(judge.score_many(self.task.test, row.n_cot, self.random_seed, resume=resume))
         golds = [float(record.score or 0) for record in self.task.test]
-        readings = {name: [read(one) for one in judged] for name, read in readers(self.seed).items()}
+        readings = {name: [read(one) for one in judged] for name, read in readers(self.random_seed).items()}
         figures = {name: evaluate(scores, golds) for name, scores in readings.items()}
         return {
             "row": name,
-            "seed": self.seed,
+            "seed": self.random_seed,
             "machine": machine(),
             "date": date.today().isoformat(),
             "minutes": round((time.perf_counter() - start) / 60, 1),
             "learns from": row.learns_from,
-            "settings": asdict(replace(self.task.settings, seed=self.seed, **row.settings)),
+            "settings": asdict(replace(self.task.settings, seed=self.random_seed, **row.settings)),
             "n_cot": row.n_cot,
             "trained on": 0 if row.judged_by else len(self.reasoned(row.learns_from, self.task.training)),
+            "failed": sum(bool(one.error) for one in judged),
             "tokens": round(fmean(sum(map(len, one.feedback_ids)) for one in judged), 1),
             "truncated": sum(one.truncated for one in judged),
-            "mass": round(fmean(one.mass for one in judged), 4),
+            "mass": round(fmean(one.mass for one in judged if not one.error), 4),
             "figures": {name: _rounded(values) for name, values in figures.items()},
             "best": self.task.best,
-            "errors": [round(score - gold, 3) for score, gold in zip(readings["RAIL"], golds)],
+            # None for an item that could not be judged.
+            "errors": [None if x != x else round(x - gold, 3) for x, gold in zip(readings["RAIL"], golds)],
         }
 
 
@@ -145,7 +148,8 @@ def readers(seed: int) -> dict[str, Callable[[Judgement], float]]:
     draw = random.Random(seed)
 
     def sampled(one: Judgement) -> float:
-        return draw.choices(list(one.values.values()), list(one.probabilities.values()))[0]
+        labels = list(one.values.values())
+        return math.nan if one.error else draw.choices(labels, list(one.probabilities.values()))[0]
 
     return {"RAIL": lambda one: one.score, "most likely": lambda one: one.mode, "sampled": sampled}
 

@@ -80,8 +80,11 @@ def write_page(cells: Path, out: Path) -> Path:
     ]
     for name, section in SECTIONS.items():
         found = load(cells / name, section.rows)
-        lines += ["", f"## {section.title}", "", section.said, "", *_table(found, section)]
-        if any(found.values()):
+        lines += ["", f"## {section.title}", ""]
+        if not any(found.values()):
+            lines += [f"{section.said} Not measured yet."]
+        else:
+            lines += [section.said, "", *_table(found, section)]
             lines += ["", *_readings(found), *_machines(found)]
             lines += _does_reasoning_help(found) if section.base == RAFT else _against_paper(found)
             lines += _plots(found, cells / name)
@@ -119,7 +122,9 @@ def higher_by(cells: Mapping[int, Cell], others: Mapping[int, Cell]) -> tuple[fl
         return None
     if len(pairs) > 1:
         return _t_interval([_rmse(one) - _rmse(other) for one, other in pairs])
-    a, b = (np.square(cell["errors"]) for cell in pairs[0])
+    a, b = np.square(np.array([cell["errors"] for cell in pairs[0]], dtype=float))
+    judged = np.isfinite(a + b)
+    a, b = a[judged], b[judged]
     items = np.random.default_rng(0).integers(a.size, size=(RESAMPLES, a.size))
     draws = np.sqrt(a[items].mean(axis=1)) - np.sqrt(b[items].mean(axis=1))
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -192,7 +197,8 @@ def _does_reasoning_help(found: Cells) -> Iterator[str]:
     best = min(reasoned, key=lambda name: over_seeds(found[name], "rmse")[0])
     if difference := higher_by(found[best], found[RAFT]):
         _, low, high = difference
-        verdict = "makes it worse" if low > 0 else "helps" if high < 0 else "neither helps nor hurts, by this interval"
+        unsure = "neither surely helps nor surely hurts"
+        verdict = "makes it worse" if low > 0 else "helps" if high < 0 else unsure
         yield ""
         yield (
             f"Does reasoning help a seed model of 135 M weights here? The best judge that reasons ({best}) has an RMSE "
@@ -234,7 +240,7 @@ def _draw(setting: str, points: Mapping[float, Mapping[int, Cell]], path: Path) 
     places = sorted(points)
     means, lows, highs = zip(*(over_seeds(points[place], "rmse") for place in places))
     axes.errorbar(places, means, [np.subtract(means, lows), np.subtract(highs, means)], marker="o", capsize=3)
-    if best := next(iter(points[1.0].values()))["best"]:
+    if best := next(iter(points[places[0]].values()))["best"]:
         axes.axhline(best, color="grey", linestyle=":", label="best possible")
         axes.legend()
     axes.set(xscale="log", xticks=places, xticklabels=[f"{place:g}" for place in places], xlabel=setting, ylabel="RMSE")

@@ -46,13 +46,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What is judged, and how; `best`: the lowest RMSE that a judge can have, where known."""
+    """What is judged, and how.
+
+    `asked`: the seed model, and how it is asked. `best`: the lowest RMSE that a judge can have,
+    where it is known.
+    """
 
     name: str
     training: Sequence[Record]
     validation: Sequence[Record]
     test: Sequence[Record]
-    seed: Mapping[str, Any]
+    asked: Mapping[str, Any]
     settings: TrainSettings
     rows: Mapping[str, Row]
     seeds: Sequence[int] = (1, 2, 3)
@@ -60,7 +64,7 @@ class Task:
 
     @property
     def scale(self) -> ScoreScale:
-        return self.seed["scale"]
+        return self.asked["scale"]
 
 
 _UNTRAINED = {"untrained, direct": Row(n_cot=0, judged_by=SEED_MODEL), "untrained": Row(judged_by=SEED_MODEL)}

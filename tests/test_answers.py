@@ -82,8 +82,9 @@ def test_training_takes_no_rows_of_several_answers():
     "cell, preferred",
     [
         *[(cell, "a") for cell in ("a", "A", "response_a", "model_a", "[[A]]", "Response A")],
-        *[(cell, TIE) for cell in ("tie", "Tie (bothbad)", "draw", "same")],
-        *[(cell, None) for cell in ("", None, "c", "yes", 3)],
+        *[(cell, "a") for cell in ("A>B", "[[A>>B]]", "b < a")],
+        *[(cell, TIE) for cell in ("tie", "Tie (bothbad)", "draw", "same", "A=B")],
+        *[(cell, None) for cell in ("", None, "c", "yes", 3, "A, not B", "a over b")],
     ],
 )
 def test_a_preference_is_a_letter_or_a_tie_in_many_words(cell, preferred, caplog):

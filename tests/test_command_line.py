@@ -560,7 +560,7 @@ def test_standard_input_is_judged_and_failed_items_are_counted(folder, tmp_path)
     stdin = "".join(json.dumps(line) + "\n" for line in lines)
     done, rows = judge(folder, "-", tmp_path / "out.jsonl", "--skip-bad", stdin=stdin)
     assert [row["id"] for row in rows] == ["a", "1", "2"]
-    assert rows[0]["error"] is None and "rubric" in rows[1]["error"]
+    assert rows[0]["error"] is None and "--columns criteria=NAME" in rows[1]["error"]
     assert "does not fit" in rows[2]["error"] and rows[2]["score"] is None
     assert "3 judged, 2 of them failed" in done.stdout
     assert "unusable rows left out: 1" in done.stderr

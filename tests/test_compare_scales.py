@@ -16,6 +16,7 @@ def recipe(monkeypatch):
     return importlib.import_module("compare_scales")
 
 
+@pytest.mark.long
 def test_each_way_is_trained_and_measured_once(recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recipe, "QUICK", (24, 6, 60))
     asked = ["--quick", "--seeds", "1", "--out", str(tmp_path)]

@@ -94,7 +94,7 @@ def test_answers_are_compared_as_their_distributions_are():
     first, blank, same = wholes(PAIRS)
     a, b = (judgement(part.record) for part in parts_of(table_from(PAIRS, gold_needed=False))[:2])
     assert first["a_above_b"] == pytest.approx(a.probability_above(b))
-    assert (first["score_a"], first["score_b"], first["preferred"]) == (a.score, b.score, "a")
+    assert (first["score_a"], first["score_b"], first["gold_preferred"]) == (a.score, b.score, "a")
     assert (first["winner"] == "a") == (first["a_above_b"] > 0.55)
     assert (same["a_above_b"], same["winner"]) == (pytest.approx(0.5), "tie")
     assert blank["score_a"] and blank["score_b"] is blank["a_above_b"] is blank["winner"] is None
@@ -209,6 +209,32 @@ def test_parts_that_are_there_are_not_judged_again_and_new_weights_and_criteria_
     expected = 7 / 8 * float(first["score_clear"]) + float(first["score_kind"]) / 8
     assert float(first["judge_score"]) == pytest.approx(expected)
     assert read_judged(output.with_suffix(".jsonl"))[0]["score"] == pytest.approx(expected)
+
+
+@pytest.mark.export
+def test_parts_that_are_asked_for_no_more_go_and_another_kind_of_question_is_refused(judge_file, data, capsys):
+    rubric, output = data / "criteria.json", data / "out.csv"
+    judge(judge_file, data / "single.csv", output, "--rubric", rubric)
+    rubric.write_text(json.dumps([{"name": "kind", "criteria": "Is it kind?"}]), encoding="utf-8")
+    [first, *_] = judge(judge_file, data / "single.csv", output, "--rubric", rubric)
+    rows = read_rows(output.with_suffix(".jsonl"))
+    assert [row["id"] for row in rows] == ["n0/kind", "n1/kind", "n2/kind"]
+    assert whole_rows(rows)[0]["score"] == pytest.approx(float(first["judge_score"]))
+    capsys.readouterr()
+    asked = ["judge", judge_file, data / "single.csv", "-o", output, "--n-cot", "0", "--criteria", "Is it clear?"]
+    assert main([*map(str, asked)]) == 2
+    assert "holds judgements by several criteria or answers" in capsys.readouterr().err
+
+
+def test_a_row_with_one_answer_among_rows_of_two_is_a_row_of_the_same_table():
+    rows = [PAIRS[0], {"question": "How are you?", "response": "It is clear.", "score": 4}]
+    two, one = wholes(rows)
+    assert {"score_a", "winner"} <= two.keys() and one["gold"] == 4 and one["score"] > 0
+
+
+def test_a_frame_s_options_are_known_ones():
+    with pytest.raises(TypeError, match="column"):
+        table_from(SINGLE, column={"response": "text"})
 
 
 @pytest.mark.export

@@ -133,7 +133,7 @@ def test_reference_and_descriptions_are_optional():
 
 def test_a_record_that_lacks_what_the_template_asks_for_is_refused():
     spec, _ = load("spm")
-    with pytest.raises(ValueError, match="rubric"):
+    with pytest.raises(ValueError, match="--columns criteria=NAME"):
         render(Record("Add.", "4"), spec)
 
 

@@ -43,6 +43,13 @@ def test_the_chance_of_a_higher_mean_is_that_of_all_labels_summed_by_hand(weight
     assert mean_above(ours, theirs, weights) + mean_above(theirs, ours, weights) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("weights", [[1 / 6, 1 / 6, 4 / 6], *([1 / n] * n for n in range(2, 13))])
+def test_a_sure_win_by_every_criterion_is_one_by_their_mean(weights):
+    best, worst = judged(np.eye(5)[4]), judged(np.eye(5)[0])
+    assert mean_above([best] * len(weights), [worst] * len(weights), weights) == pytest.approx(1)
+    assert mean_above([worst] * len(weights), [best] * len(weights), weights) == pytest.approx(0)
+
+
 def test_equal_answers_are_a_coin_toss_whatever_the_weights():
     ours = [judged(np.array([0.1, 0.2, 0.3, 0.3, 0.1]))] * 3
     assert mean_above(ours, ours, [0.21, 0.34, 0.45]) == pytest.approx(0.5)
@@ -63,12 +70,12 @@ def test_the_interval_of_a_win_rate_holds_the_true_one_as_often_as_it_says():
 
 
 ROWS = [
-    {"a_above_b": 0.9, "winner": "a", "preferred": "a"},
-    {"a_above_b": "0.55", "winner": "tie", "preferred": "b"},
-    {"a_above_b": 0.46, "winner": "tie", "preferred": "tie"},
-    {"a_above_b": 0.2, "winner": "b", "preferred": "a"},
-    {"a_above_b": 0.1, "winner": "b", "preferred": None},
-    {"a_above_b": None, "winner": None, "preferred": "a"},
+    {"a_above_b": 0.9, "winner": "a", "gold_preferred": "a"},
+    {"a_above_b": "0.55", "winner": "tie", "gold_preferred": "b"},
+    {"a_above_b": 0.46, "winner": "tie", "gold_preferred": "tie"},
+    {"a_above_b": 0.2, "winner": "b", "gold_preferred": "a"},
+    {"a_above_b": 0.1, "winner": "b", "gold_preferred": None},
+    {"a_above_b": None, "winner": None, "gold_preferred": "a"},
 ]
 
 

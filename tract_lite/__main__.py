@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with the verb's function as `run`."""
     parser = argparse.ArgumentParser("tract-lite", description="Judge text with numbers.")
     parser.add_argument("--version", action="version", version=f"tract-lite {__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(metavar="VERB")
     for run, places, written, kind in VERBS:
         verb = verbs.add_parser(run.__name__, help=run.__doc__)
         verb.set_defaults(run=run)
@@ -238,7 +238,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             verb.add_argument("--data", metavar="FILE", help=COMPARE_DATA)
         if kind:
             add_flags(verb, kind)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if "run" not in args:
+        parser.error(f"name a verb\n\n{parser.format_help()}")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,18 +40,25 @@ class _PartRows(ResumableRows):
 
     def __init__(self, path: Path, parts: Sequence[Part]):
         super().__init__(path)
+        first = next(self.rows(), None)
+        if first and parts and ("of" in first) != bool(parts[0].of):
+            other = "several criteria or answers" if "of" in first else "one rubric and one answer"
+            raise ValueError(f"{path} holds judgements by {other}\nchoose another output, or ask as before")
         self._marks = {name_of(part.record): part.marks for part in parts}
 
     def append(self, record: Record, row: Mapping[str, Any]) -> None:
         super().append(record, {**row, **self._marks[name_of(record)]})
 
     def complete(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        """The rows of all parts, which are there, with what is said of these now."""
+        """The rows of all parts, which are there, with what is said of these now. What was a part
+        of these items, and is none any more, goes."""
         for part in parts:
             if (row := self.row(name_of(part.record))).get("of") != part.of:
                 self.append(part.record, row)
-        self.tidy()
-        return [self.row(name_of(part.record)) for part in parts]
+        names, items = [name_of(part.record) for part in parts], {part.of["item"] for part in parts if part.of}
+        gone = {row["id"] for row in self.rows() if row.get("of", {}).get("item") in items} - {*names}
+        self.tidy(names, gone)
+        return list(map(self.row, names))
 
 
 def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> str:
@@ -83,11 +90,13 @@ def judge_file(model: str, source: str, output: Path, options: JudgeOptions) -> 
     if output != rows.path and whole:
         write_whole_rows(output, whole, given)
     elif output != rows.path:
-        write_table(output, rows.rows(names), scales_in(rows.rows(names)), given)
+        write_table(output, map(rows.row, names), scales_in(map(rows.row, names)), given)
     _check_failures(failures, records)
     first = f"; the first failure: {failures[0]}" if failures else ""
     there = len(records) - missing
     of_rows = f", in parts of {len(given)} rows" if whole else ""
+    if others := sum(1 for _ in rows.rows()) - len(names):
+        of_rows += f"; {others} of items that are not in the input stay in {rows.path.name}"
     done = f"{output}: {missing} judged, {len(failures)} of them failed, {there} were there already{of_rows}"
     gated = "" if options.gate is None else f"; {reasoned} of {len(records)} with reasonings"
     return "\n\n".join(filter(None, [f"{done}{gated}{_without_gold(table.records)}{first}", wins_in_words(whole)]))

@@ -213,8 +213,10 @@ def mean_above(ours: Sequence[Judgement], theirs: Sequence[Judgement], weights: 
     if len(each) == 1:
         return each[0]
     reach = sum(weight * (max(one.values.values()) - min(one.values.values())) for one, weight in zip(ours, weights))
-    gaps = np.zeros(2 * STEPS + 1)
-    gaps[STEPS] = 1.0
+    # The rounded steps of all may add up to a little more than STEPS.
+    middle = STEPS + len(each)
+    gaps = np.zeros(2 * middle + 1)
+    gaps[middle] = 1.0
     for one, other, weight in zip(ours, theirs, weights):
         values = np.array(list(one.values.values()))
         shares, others = (np.array([judged.probabilities[label] for label in one.values]) for judged in (one, other))
@@ -224,7 +226,7 @@ def mean_above(ours: Sequence[Judgement], theirs: Sequence[Judgement], weights: 
         gaps = sum(gained[place] * np.roll(gaps, place - STEPS) for place in places)
     # Each rounding is of half a step at most: what is no farther from 0 than all of them is a tie.
     rounding = len(each) // 2
-    won, lost = gaps[STEPS + rounding + 1 :].sum(), gaps[: STEPS - rounding].sum()
+    won, lost = gaps[middle + rounding + 1 :].sum(), gaps[: middle - rounding].sum()
     return float((1 + won - lost) / 2)
 
 

@@ -213,7 +213,9 @@ class RunOptions(StageOptions):
         choices=(AUTO, *METHODS),
     )
     held_out: str | None = option(
-        None, "file of the items to measure with (a tenth of the data, or 100 items)", metavar="FILE"
+        None,
+        "file of the items to measure with (a quarter of the data, at most 100; of over 1,000 a tenth)",
+        metavar="FILE",
     )
     out: str | None = option(None, "run folder (runs/PRESET); goes on if it is there", metavar="FOLDER")
     quantization: tuple[str, ...] | None = option(None, "GGUF types, such as f16 q8_0 q4_k_m", metavar="NAME")

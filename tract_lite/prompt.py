@@ -59,8 +59,10 @@ def render(record: Record, spec: JudgeSpec) -> str:
         shown |= {"rubric": _in_units(record.rubric, scale, spec), "labels": scale.labels, "scores": scale.named}
         return _compiled(spec.template).render(shown, marker=spec.marker)
     except UndefinedError as error:
-        missing = "a rubric (column criteria or rubric)" if record.rubric is None else error
-        raise ValueError(f"no ready prompt, and the template asks for {missing}") from error
+        if record.rubric is None:
+            advice = '--columns criteria=NAME names its column, --criteria "TEXT" is one for all items'
+            raise ValueError(f"the item has no criteria, and no ready prompt\n{advice}") from error
+        raise ValueError(f"no ready prompt, and the template asks for {error}") from error
 
 
 def _in_units(rubric: Rubric | None, scale: ScoreScale, spec: JudgeSpec) -> Rubric | None:

@@ -1,6 +1,7 @@
 """Rows with several answers to one instruction, as `response_a` and `response_b`: told apart."""
 
 import re
+from shlex import quote
 from typing import Any, Iterable, Mapping
 
 from tract_lite.data.columns import Columns, is_blank, listed
@@ -8,6 +9,8 @@ from tract_lite.data.names import answer_named, field_named
 
 # What is said where none of several answers is preferred.
 TIE = "tie"
+# As in `A>B` and `[[B >> A]]`.
+_COMPARED = re.compile(r"\W*?([a-z0-9])\s*([<>=])\2*\s*([a-z0-9])\W*")
 _TIES = ("tie", "tied", "equal", "draw", "same", "both", "neither", "none")
 
 
@@ -25,7 +28,7 @@ def answers_of(row: Mapping[str, Any], columns: Columns) -> dict[str, dict[str, 
         return {}
     letters = [letter for _, letter in found.values()]
     if len(found) == 1:
-        advice = f"--columns response={next(iter(found))} judges it alone"
+        advice = f"--columns {quote(f'response={next(iter(found))}')} judges it alone"
         raise ValueError(f"{next(iter(found))} has no other answer beside it, to compare it with\n{advice}")
     if twice := [name for name, (_, letter) in found.items() if letters.count(letter) > 1]:
         raise ValueError(f"{listed(twice, ' or ')} may be one answer\n--columns response_a=NAME response_b=NAME tells")
@@ -48,9 +51,13 @@ def preferred_of(row: Mapping[str, Any], columns: Columns, letters: Iterable[str
         return None
     cell = fields.take("preferred")
     columns.count_as(row, {fields.columns["preferred"]: "preferred"})
-    words = re.findall(r"[a-z0-9]+", str(cell).lower().removesuffix(".0"))
+    said = str(cell).lower().removesuffix(".0")
+    if compared := _COMPARED.fullmatch(said):
+        one, sign, other = compared.groups()
+        said = TIE if sign == "=" else one if sign == ">" else other
+    words = re.findall(r"[a-z0-9]+", said)
     if words and words[0] in _TIES:
         return TIE
-    if words and words[-1] in letters:
+    if words and words[-1] in letters and len({*words} & {*letters}) == 1:
         return words[-1]
     raise ValueError(f"{fields.columns['preferred']} is {cell!r}, and the answers are {listed(letters)}, or {TIE}")

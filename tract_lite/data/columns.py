@@ -149,7 +149,11 @@ class Columns:
         """What to say of a row that has no text to judge."""
         texts = [name for name, cell in row.items() if isinstance(cell, str) and not reading_of(name)]
         close = [quote(f"response={name}") for name in texts if _meant(name, ["response"])]
-        advice = f"did you mean --columns {close[0]}?" if close else "--columns response=NAME names it"
+        advice = (
+            f"did you mean --columns {close[0]}?"
+            if close
+            else "--columns response=NAME names it; of several answers, response_a=NAME response_b=NAME"
+        )
         if "column 2" in row:
             advice += "; is the first line the header?"
         there = listed(row) or "none"

@@ -44,14 +44,24 @@ def read_rubric(path: str | Path) -> Rubric:
         raise ValueError(
             f"{path} has named criteria ({names})\n`tract-lite judge` takes them, one rubric is needed here"
         )
-    rubric, unread = parse_rubric(content)
+    return single_rubric(content, str(path))
+
+
+def single_rubric(content: Any, where: str) -> Rubric:
+    """The rubric that a text or an object is. Raises ValueError: it is none, or has keys that are
+    not read."""
+    try:
+        rubric, unread = parse_rubric(content)
+    except ValueError as error:
+        advice = 'one rubric has "criteria", a text; several have a name each'
+        raise ValueError(f"{where}: {error}\n{advice}") from error
     if rubric_scale(content) is not None:
-        raise ValueError(f"{path} has a scale, and is for all rows\nleave it out there, and give it as --scale")
+        raise ValueError(f"{where} has a scale, and is for all rows\nleave it out there, and give it as --scale")
     if unread:
         known = "criteria and descriptions, which maps labels to texts"
-        raise ValueError(f"{path} has keys that no rubric has: {', '.join(unread)}; a rubric has {known}")
+        raise ValueError(f"{where} has keys that no rubric has: {', '.join(unread)}; a rubric has {known}")
     if rubric is None:
-        raise ValueError(f"{path} holds no rubric")
+        raise ValueError(f"{where} holds no rubric")
     return rubric
 
 

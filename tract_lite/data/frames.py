@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
-from tract_lite.data.criteria import Criterion, named_criteria, read_criteria, read_rubric
+from tract_lite.data.criteria import Criterion, named_criteria, read_criteria, read_rubric, single_rubric
 from tract_lite.data.parts import asked_by, judged_parts, parts_of, whole_rows
 from tract_lite.data.records import table_from
-from tract_lite.data.rubrics import parse_rubric
 from tract_lite.data.table import free_names, judged_columns, scales_in, whole_columns
 from tract_lite.judgement import Judgement
 from tract_lite.record import Record, Rubric
@@ -52,4 +51,4 @@ def _rubrics(rubric: AnyRubric) -> tuple[Rubric | None, list[Criterion]]:
         criteria = read_criteria(rubric)
         return (None, criteria) if criteria else (read_rubric(rubric), [])
     criteria = named_criteria(rubric, "the rubric")
-    return (None, criteria) if criteria else (parse_rubric(rubric)[0], [])
+    return (None, criteria) if criteria else (single_rubric(rubric, "the rubric"), [])

@@ -5,9 +5,11 @@ letter of the `response`, the `criterion` with its `weight`, and what people sai
 `gold` (its score) and `preferred` (a letter, or a tie). One alone has no `of`.
 """
 
+import logging
 import math
 from dataclasses import replace
 from itertools import combinations
+from reprlib import repr as shorten
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from tract_lite.data.answers import TIE
@@ -20,6 +22,8 @@ from tract_lite.judgement import Judgement, mean_above
 from tract_lite.metrics import ends_of
 from tract_lite.record import Record, Rubric
 from tract_lite.scale import ScoreScale
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
@@ -48,22 +52,32 @@ def asked_by(criteria: Sequence[Criterion], how: Mapping[str, Any]) -> Any:
 
 
 def parts_of(table: Table, criteria: Sequence[Criterion] = (), scale: ScoreScale | None = None) -> list[Part]:
-    """Each answer of each row by each criterion; the records as they are where there is one alone.
+    """Each answer of each row by each criterion; the records as they are where no row has more than
+    one.
 
     All parts of a row follow one another. A column with a criterion's name has gold scores of it,
     which are read as on its own scale, or else on `scale`.
     """
     found: list[Part] = []
+    unread: list[str] = []
+    in_parts = bool(criteria) or any(table.answers)
     for record, row, answers in zip(table.records, table.rows, table.answers):
-        if criteria or answers:
-            found += _parts(record, row, answers or Answers({"": record}, None), criteria, scale)
+        if in_parts:
+            found += _parts(record, row, answers or Answers({"": record}, None), criteria, scale, unread)
         else:
             found.append(Part(record))
+    if unread:
+        logger.warning("%d cells in columns of criteria are no score, and left out, such as %s", len(unread), unread[0])
     return found
 
 
 def _parts(
-    record: Record, row: Row, answers: Answers, criteria: Sequence[Criterion], scale: ScoreScale | None
+    record: Record,
+    row: Row,
+    answers: Answers,
+    criteria: Sequence[Criterion],
+    scale: ScoreScale | None,
+    unread: list[str],
 ) -> Iterator[Part]:
     cells = {plain_name(name): cell for name, cell in row.items()}
     asked = criteria or [Criterion("", record.rubric or Rubric(""))]
@@ -74,7 +88,7 @@ def _parts(
         error = f"response_{letter} is empty" if letter and answer.prompt is None and not answer.response else None
         for name, rubric, weight, own in asked:
             of = {"item": record.id, "response": letter, "criterion": name, "weight": weight / whole, **said}
-            gold = _gold(cells.get(plain_name(name)), own or scale) if name and not letter else None
+            gold = _gold(cells.get(plain_name(name)), own or scale, unread) if name and not letter else None
             yield Part(
                 replace(
                     answer,
@@ -101,11 +115,12 @@ def judged_parts(
     next(judgements, None)
 
 
-def _gold(cell: Any, scale: ScoreScale | None) -> float | None:
-    """The gold score in a column with a criterion's name, None where it holds something else."""
+def _gold(cell: Any, scale: ScoreScale | None, unread: list[str]) -> float | None:
+    """The gold score in a column with a criterion's name; other cells are noted as `unread`."""
     try:
         return parse_score(cell, scale)
     except ValueError:
+        unread.append(shorten(cell))
         return None
 
 
@@ -135,7 +150,7 @@ def whole_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if "of" in row:
             items.setdefault(row["of"]["item"], []).append(row)
-    return [_whole(item, parts) for item, parts in items.items()]
+    return [_whole(item, sorted(parts, key=lambda row: row["of"].get("response", ""))) for item, parts in items.items()]
 
 
 def _whole(item: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -152,7 +167,7 @@ def _whole(item: str, rows: Sequence[Row]) -> dict[str, Any]:
         whole |= _ending(_mean(parts), letter)
     if len(answers) > 1:
         whole |= _compared(answers)
-        whole |= {name: said for name, said in rows[0]["of"].items() if name == "preferred"}
+        whole |= {"gold_preferred": rows[0]["of"]["preferred"]} if "preferred" in rows[0]["of"] else {}
     for letter, parts in answers.items():
         for part in parts:
             text = {"feedback": "\n\n".join(part.judgement.feedback)}
@@ -167,7 +182,9 @@ def _whole(item: str, rows: Sequence[Row]) -> dict[str, Any]:
     if len(answers) == 1:
         [parts] = answers.values()
         known = [part.in_mean(part.gold) for part in parts if part.gold is not None]
-        whole["gold"] = rows[0]["of"].get("gold", sum(known) if len(known) == len(parts) else None)
+        # On several scales, the row's own score is in units that their mean does not have.
+        own = rows[0]["of"].get("gold") if len(scales) < 2 else None
+        whole["gold"] = own if own is not None else sum(known) if len(known) == len(parts) else None
     return whole
 
 
@@ -200,7 +217,8 @@ def _compared(answers: Mapping[str, Sequence[_Weighed]]) -> dict[str, Any]:
     """The chance of each answer to be better than each later one, and the winner."""
     chances: dict[tuple[str, str], float | None] = {}
     for (one, ours), (other, theirs) in combinations(answers.items(), 2):
-        used = [pair for pair in zip(ours, theirs) if pair[0].share]
+        by_name = {part.criterion: part for part in theirs}
+        used = [(part, by_name[part.criterion]) for part in ours if part.share and part.criterion in by_name]
         try:
             first, second = ([pair[side].judgement for pair in used] for side in (0, 1))
             chances[one, other] = mean_above(first, second, [part.share / part.width for part, _ in used])

@@ -152,6 +152,8 @@ def _plain(value: Any) -> Any:
 
 
 def _to_table(source: str, rows: Iterable[tuple[str, Any]], several: bool = False, **options: Unpack[Options]) -> Table:
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"no options of reading: {', '.join(sorted(unknown))}")
     scale, gold_needed, rejected = options.get("scale"), options.get("gold_needed", True), options.get("rejected")
     columns = Columns(options.get("columns"), options.get("elsewhere", ()))
     records: list[Record] = []

@@ -5,7 +5,7 @@ from collections import deque
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from tract_lite.data.jsonl import append_row, read_json, read_lines, replacing, write_json
 from tract_lite.record import Record
@@ -98,10 +98,12 @@ class ResumableRows:
         if not isinstance(record, Record):
             raise ValueError(f"not a Record: {shorten(record)}; read_records gives them")
         name = name_of(record)
+        if name in self._failed:
+            return False
         if self._keys.get(name, record.key) != record.key:
             fault = f"{self.path} holds another item with the id {name!r}"
             raise ValueError(f"{fault}: it was made from another input, choose another output")
-        return name in self._keys and name not in self._failed
+        return name in self._keys
 
     def row(self, name: str) -> dict[str, Any]:
         """The row of an id."""
@@ -163,10 +165,12 @@ class ResumableRows:
             self.append(record, row)
         return {**row, "id": record.id}
 
-    def tidy(self, first: Sequence[str] = ()) -> None:
-        """Leave one row of each id in the file: those of `first` in that order, then the others."""
+    def tidy(self, first: Sequence[str] = (), without: Collection[str] = ()) -> None:
+        """Leave one row of each id in the file, but of those `without`: those of `first` in that
+        order, then the others."""
         there = sorted(self._keys, key=self._places.__getitem__)
-        names = list(dict.fromkeys([*(name for name in first if name in self._keys), *there]))
+        ordered = dict.fromkeys([*(name for name in first if name in self._keys), *there])
+        names = [name for name in ordered if name not in without]
         if names == there and not self._superseded:
             return
         moved = {}

@@ -71,7 +71,7 @@ def judged_columns(
 
 def whole_columns(rows: Iterable[Row], given: Mapping[str, Row]) -> dict[str, str]:
     """The columns of `whole_rows` with their types."""
-    texts = re.compile("(id|winner|preferred|error|feedback(_.*)?)")
+    texts = re.compile("(id|winner|gold_preferred|error|feedback(_.*)?)")
     names = dict.fromkeys(name for row in rows for name in row)
     ours = {name: "string" if texts.fullmatch(name) else "double" for name in names}
     return _without_own_ids(ours, given)
@@ -102,6 +102,10 @@ def free_names(ours: Iterable[str], own: Iterable[str]) -> dict[str, str]:
     return {name: _free(name, own) for name in ours}
 
 
+# Such a file measures no scores.
+ANSWERS_INSIDE = "%s holds several answers a row\n`tract-lite evaluate` counts their wins"
+
+
 def read_judged(path: Path) -> list[dict[str, Any]]:
     """The `score`, `gold` and `values` of each row of judgements, from JSONL or a table of them.
 
@@ -118,6 +122,8 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     score, gold, scale = (
         next((n for n in reversed(names) if re.fullmatch(f"(judge_)*{w}", n)), None) for w in _MEASURED
     )
+    if score is None and any("_above_" in name for name in names):
+        raise ValueError(ANSWERS_INSIDE % path)
     if score is None:
         raise ValueError(f"{path} has no column score or judge_score: it is no table of judgements")
     labels = {name: name[2:] for name in names if name.startswith("p_")}

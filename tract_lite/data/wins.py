@@ -61,7 +61,8 @@ def agreement(rows: Iterable[Row]) -> dict[str, tuple[int, Share]]:
     `all`: over all rows with a winner and a preference, a tie being an answer as others are;
     `decided`: over those in which people prefer one, where the judge's tie counts half.
     """
-    pairs = [(row["preferred"], row["winner"]) for row in rows if row.get("preferred") and row.get("winner")]
+    both = ("gold_preferred", "winner")
+    pairs = [tuple(map(row.get, both)) for row in rows if all(map(row.get, both))]
     decided = [pair for pair in pairs if pair[0] != TIE]
     same = sum(preferred == winner for preferred, winner in pairs)
     half = sum((preferred == winner) + (winner == TIE) / 2 for preferred, winner in decided)
