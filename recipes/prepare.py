@@ -36,13 +36,15 @@ def prepare(preset: Preset, run: Run) -> tuple[Preset, Splits]:
         files = {"data": "data.jsonl", "held_out": "held_out.jsonl", "template": "template.jinja"}
         preset = replace(preset, **{name: str(folder / file) for name, file in files.items()})
     data = run.data(read_splits, **preset.splits)
+    counts = len(data.training), len(data.validation), len(data.held_out)
+    logger.info("items: %d to train on, %d to choose the best step by, %d held out to measure with", *counts)
     preset = preset.on(data.records, data.scale).taught_by(data.training)
     if preset.seed_model == "small":
         preset = replace(preset, seed_model=_small_seed_model(preset, run))
     elif preset.seed_model == "toy":
         if own_data:
-            way = "to show the way; for a judge of use, choose a real one"
-            logger.warning("the seed model is a toy, trained on the text of the data %s", way)
+            way = "to show the way: for a judge of use, leave --seed-model out"
+            logger.warning("the seed model is a toy, made of the texts of the data %s", way)
             answered = [replace(record, feedback=record.feedback or record.response) for record in data.training]
             made = _toy_seed_model(preset, answered, vocabulary_size=4000, steps=100)
         else:

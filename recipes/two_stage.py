@@ -9,6 +9,7 @@ them train; the first one does the rest. Source: TRACT, section 3.
 """
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -51,7 +52,6 @@ from tract_lite import (
     merge_adapter,
     parse_options,
     preset_for,
-    read_records,
     reasoning_judge,
     settings_of,
     train_adapter,
@@ -76,8 +76,9 @@ def two_stage(options: RunOptions, run: Run) -> None:
     opened = {"seed_model": preset.seed_model, "precision": preset.precision, "parallel": preset.parallel}
     open_seed = partial(reasoning_judge, parallel=preset.parallel, **seed)
     if run.is_first and not run.stages():
-        parallel = None if preset.is_direct else preset.parallel
-        estimate_run(data.training, validation=data.validation, parallel=parallel, **p0)
+        ending = None if options.train_only else ending_of(preset, len(data.held_out))
+        parallel = None if preset.is_direct and options.train_only else preset.parallel
+        estimate_run(data.training, validation=data.validation, parallel=parallel, ending=ending, **p0)
     if preset.is_direct:
         adapters = {"direct": train_adapter(data.training, run / "direct", validation=data.validation, **p0)}
     else:
@@ -102,6 +103,12 @@ def two_stage(options: RunOptions, run: Run) -> None:
         finish_run(run, data.held_out, judges, scale=preset.scale, cards=[scratch / "merged"])
 
 
+def ending_of(preset: Preset, count: int) -> dict[str, int]:
+    """What follows the training, with `count` held-out items, as `estimate_run` takes it."""
+    ending = {"held_out": count, "untrained": BASELINE_ITEMS, "by_file": preset.gguf_items, "checked": CHECKED}
+    return {**{name: min(items, count) for name, items in ending.items()}, "files": len(preset.quantization)}
+
+
 def tract(data: Splits, run: Run, open_seed: Any, opened: dict[str, Any], p0: dict[str, Any]) -> dict[str, Path]:
     """The method: two stages, with the judge's own reasonings between them; their adapters."""
     records = reasoned([*data.training, *data.validation], run, open_seed)
@@ -112,7 +119,7 @@ def tract(data: Splits, run: Run, open_seed: Any, opened: dict[str, Any], p0: di
 
     # The stage-1 judge writes its own reasoning for every item. Its score is thrown away.
     own = run.once("self_generated.jsonl", write_reasonings, partial(reasoning_judge, p_s, **opened), records)
-    training, validation = apart(read_records(own), data.validation)
+    training, validation = apart(run.records(own.name), data.validation)
 
     # Stage 2: the seed model anew, on reasonings like those that it will write itself.
     p_tract = train_adapter(training, run / "stage2", validation=validation, **p0)
@@ -125,15 +132,18 @@ def reasoned(records: list[Record], run: Run, open_seed: Any) -> list[Record]:
     if not lacking:
         return records
     logger.info("%d of %d records have a score and no reasoning: the seed model writes one", len(lacking), len(records))
-    written = read_records(run.once("seed_reasonings.jsonl", write_reasonings, open_seed, lacking))
-    return [record for record in records if record.feedback] + written
+    written = run.once("seed_reasonings.jsonl", write_reasonings, open_seed, lacking)
+    return [record for record in records if record.feedback] + run.records(written.name)
 
 
 def write_reasonings(open_judge: Any, records: Sequence[Record], out: Path) -> None:
     """A judge's own reasonings for the records."""
     with open_judge(records=records) as judge:
         kept, rejected = generate_cots(judge, records, out)
-    logger.info("%s: %d reasonings written, %d rejected %s", out.name, len(kept), rejected.total(), dict(rejected))
+    lost = (
+        f", {rejected.total()} rejected ({', '.join(f'{why}: {n}' for why, n in rejected.items())})" if rejected else ""
+    )
+    logger.info("%s: %d reasonings%s", out.name, len(kept), lost)
 
 
 def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Sequence[Record]) -> list[Path]:
@@ -150,8 +160,18 @@ def export(adapter: Path, run: Run, scratch: Path, preset: Preset, held_out: Seq
         merged = merge_adapter(seed_model, adapter, scratch / "merged", base=preset.base)
         checked = {"records": held_out[:CHECKED], "figures": run / "parity.json"}
         for file in export_gguf(merged, scratch / "judge.gguf", missing, **checked):
+            logger.info("%s: %.0f MB%s", file.name, file.stat().st_size / 1e6, difference(run, file.name))
             run.keep(file)
     return files
+
+
+def difference(run: Run, name: str) -> str:
+    """What the check of a GGUF file has found, in words."""
+    figures = json.loads((run / "parity.json").read_text()).get(name) if (run / "parity.json").exists() else None
+    if not figures:
+        return ""
+    off = f"{figures['mean_difference']:.3f} on average, {figures['largest_difference']:.3f} at most"
+    return f"; by the export, scores differ by {off}, on {figures['records']} items"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

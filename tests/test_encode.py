@@ -151,7 +151,7 @@ def test_a_score_between_two_labels_stays_the_target_of_the_nearest_label(score,
         ({"feedback": None}, "no reasoning"),
         ({"feedback": "So the overall score is 4."}, "no reasoning"),
         ({"feedback": f"{MARKER} 3, but it is 4 in truth."}, "marker stands inside"),
-        ({"rubric": None}, "rubric"),
+        ({"rubric": None}, "no criteria"),
         ({"response": "long " * 1000}, "longer than 600 tokens"),
     ],
 )

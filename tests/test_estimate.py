@@ -35,6 +35,11 @@ def asked(shared_once: Callable[..., Path]) -> dict[str, Any]:
     return {"seed_model": small_seed_model(shared_once), "scale": SCALE, "max_length": 96, "sampling": sampling}
 
 
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "SECONDS", 0.4)
+
+
 @pytest.fixture
 def info(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO)
@@ -56,8 +61,8 @@ def test_the_time_of_a_run_is_estimated_and_nothing_is_trained(
     monkeypatch.setattr(estimate, "add_lora", add_and_keep)
     found = estimate_run(make_records(), SETTINGS, parallel=4, **asked)
     assert found["seed_reasonings"] == 0 and min(found["stage"], found["reasonings"]) > 0
-    assert info.text.index("measuring how long") < info.text.index("writes the reasonings")
-    line = r"this run takes about [\d.]+ minutes: [\d.]+ for each stage, [\d.]+ for the reasonings"
+    assert "writes the reasonings" not in info.text
+    line = r"this run takes about [\d.]+ minutes \(training [\d.]+, reasonings between the stages [\d.]+\)"
     assert re.search(line, info.text)
     [(model, before)] = models
     assert before.keys() == trained_weights(model).keys()
@@ -74,7 +79,7 @@ def test_reasonings_that_the_seed_model_is_to_write_first_are_counted(
     found = estimate_run([*bare, *records[50:]], SETTINGS, parallel=4, validation=records[:100], **asked)
     # 50 by the seed model, and all 300 by the judge of stage 1.
     assert found["reasonings"] == pytest.approx(found["seed_reasonings"] * 300 / 50)
-    assert re.search(r"minutes: [\d.]+ for the seed model's reasonings, [\d.]+ for each stage", info.text)
+    assert re.search(r"minutes \(the seed model's reasonings [\d.]+, training [\d.]+, reasonings", info.text)
 
 
 def test_a_single_stage_is_estimated_without_reasonings(asked: dict[str, Any], info: pytest.LogCaptureFixture) -> None:
@@ -85,6 +90,23 @@ def test_a_single_stage_is_estimated_without_reasonings(asked: dict[str, Any], i
     assert logging.getLogger("tract_lite.training").level == logging.NOTSET
 
 
+ENDING = {"held_out": 100, "untrained": 50, "by_file": 100, "checked": 20, "files": 1}
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("direct_share, stages", [(1.0, 1), (0.0, 2)])
+def test_what_follows_the_training_is_estimated_too(
+    asked: dict[str, Any], info: pytest.LogCaptureFixture, direct_share: float, stages: int
+) -> None:
+    settings = replace(SETTINGS, direct_share=direct_share)
+    found = estimate_run(make_records(), settings, parallel=4, ending=ENDING, **asked)
+    assert min(found["export"], found["evaluation"]) > 0 and ("reasonings" in found) == (stages == 2)
+    [whole, *parts] = map(float, re.findall(r"(?<= )\d[\d.]*(?=[ ,)])", info.text.rpartition("this run takes")[2]))
+    # Ten minutes and more are whole ones.
+    assert whole == pytest.approx(sum(parts), abs=0.5 * len(parts)) and len(parts) == stages + 2
+    assert whole == pytest.approx((sum(found.values()) + (stages - 1) * found["stage"]) / 60, abs=0.5)
+
+
 def test_the_time_of_a_run_on_no_usable_record_is_an_error(asked: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no record can be trained on, out of 1: .*no gold score"):
         estimate_run([Record(prompt="The answer")], TrainSettings(), parallel=None, **asked)
@@ -93,14 +115,15 @@ def test_the_time_of_a_run_on_no_usable_record_is_an_error(asked: dict[str, Any]
 # On a slow machine and on a fast one.
 
 
-def passes_at(speed: float, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], float]:
-    """The tokens of each pass that is measured at so many tokens a second, and what comes of it."""
+def passes_at(speed: float, monkeypatch: pytest.MonkeyPatch, start: float = 0.0) -> tuple[list[int], float]:
+    """The tokens of each pass that is measured at so many tokens a second, after `start` seconds,
+    and what comes of it."""
     passes: list[int] = []
 
     def take(trainer: Any, examples: Sequence[Example], pad_id: int) -> float:
         passes.append(sum(len(example.ids) for example in examples))
         assert all(example.ids[example.score_position] == 7 for example in examples)
-        return passes[-1] / speed
+        return start + passes[-1] / speed
 
     monkeypatch.setattr(estimate, "_pass_seconds", take)
     tokens = ScoreTokens((), ((7,), (8,)), (3.0, 4.0))
@@ -111,16 +134,25 @@ def passes_at(speed: float, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int],
     return passes, estimate._token_seconds(trainer, examples, 0)
 
 
-@pytest.mark.parametrize("speed, count", [(1.0, 2), (200.0, 3), (1e4, 9)])
+@pytest.mark.parametrize("speed, count", [(1.0, 2), (200.0, 4), (1e4, 9)])
 def test_training_is_measured_on_as_much_as_there_is_time_for(
     speed: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes, found = passes_at(speed, monkeypatch)
     assert found == pytest.approx(1 / speed)
     assert len(passes) == count and passes[:2] == [estimate.FIRST_TOKENS] * 2
-    assert sum(passes[2:]) / speed < 2 * estimate.SECONDS
+    assert sum(passes[2:]) / speed < 2 * estimate.TRAINING_SECONDS
     # A fast machine reads whole micro-batches of all lengths.
     assert (max(passes) > 2500) == (speed > 1000)
+
+
+def test_what_a_pass_takes_however_short_it_is_counts_once_for_a_whole_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes, found = passes_at(1000.0, monkeypatch, start=1.2)
+    assert max(passes) < 1000
+    # Of two examples of about 1,000 tokens.
+    assert found == pytest.approx(1 / 1000 + 1.2 / 2000, rel=0.01)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,15 @@ def test_what_others_said_stands_first_and_is_taken_as_it_is(run: Run) -> None:
     assert rows["few"]["coverage"] == 0.2
 
 
+def test_judges_that_are_opened_in_the_same_way_are_opened_once_and_named_by_how_they_judge(run: Run) -> None:
+    seed = Opened("seed")
+    judges = {"direct": Measured(seed, None, 0, True), "reasoned": Measured(seed, 3, 1, True), "one": Opened("1")}
+    rows = finish(run, items(*"abcdef"), judges)["rows"]
+    assert len(seed.engines) == 1 and len(seed.prompts) == 9
+    assert [name for name in rows if name.endswith("RAIL")] == ["direct, RAIL", "reasoned, CoT-RAIL", "one, CoT-RAIL"]
+    assert rows["one, CoT-RAIL"]["better_by"].keys() == {"direct, RAIL", "reasoned, CoT-RAIL"}
+
+
 def test_a_judge_of_fewer_items_is_asked_no_more(run: Run) -> None:
     gguf = Opened("gguf")
     rows = finish(run, items(*"abcdef"), {"one": Opened("1"), "judge.gguf": Measured(gguf, 2)})["rows"]

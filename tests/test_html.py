@@ -14,7 +14,7 @@ from pages import Page
 
 from tract_lite import Judgement, Record, Rubric, Run, write_records, write_report
 from tract_lite.data.jsonl import write_json, write_rows
-from tract_lite.report.rows import RAIL, TRAINING_MEAN, measured_rows
+from tract_lite.report.rows import COT_RAIL, MODE, TRAINING_MEAN, measured_rows, scores_alone
 
 VALUES = {str(n): float(n) for n in range(1, 6)}
 HOSTILE = '<script>alert("x")</script> & </script><img src=http://example.org/x.png onerror=alert(1)> $x^2$ 日本'
@@ -46,7 +46,8 @@ def write_run(folder: Path, count: int = 60) -> Path:
     for name in ("stage1", "stage2"):
         (folder / name).mkdir(parents=True)
         log = [{"step": step, "ce": 2 / step, "raft": 40 / step**3} for step in range(1, 30)]
-        log += [{"step": 10, "eval_rmse": 0.8}, {"step": 29, "eval_rmse": 0.7}, {"step": 29, "train_runtime": 300.0}]
+        log += [{"step": 10, "eval_rmse": 0.8}, {"step": 29, "eval_rmse": 0.7}]
+        log += [{"step": 29, "train_runtime": 20.0, "seconds": 300.0}]
         stage = {"examples": 500, "kept_step": 29, "learning_rate": 1e-3, "settings": {"epochs": 2.0, "batch_size": 8}}
         write_json(folder / name / "stage.json", {**stage, "log": log})
     write_records(run / "held_out.jsonl", records)
@@ -54,7 +55,8 @@ def write_run(folder: Path, count: int = 60) -> Path:
     rows = [j.to_row() | {"gold": record.score} for record, j in made]
     write_rows(folder / "judged" / f"{JUDGE}.jsonl", rows)
     golds = [record.score or 0.0 for record in records]
-    scores = {TRAINING_MEAN: [3.0] * count, f"{JUDGE}, {RAIL}": [judgement.score for judgement in judged]}
+    scores: dict[str, Any] = {TRAINING_MEAN: [3.0] * count, f"{JUDGE}, {MODE}": [one.mode for one in judged]}
+    scores[f"{JUDGE}, {COT_RAIL}"] = [one.score for one in judged]
     metrics = {"rows": measured_rows(scores, golds, None, [TRAINING_MEAN]), "judge": JUDGE, "scale": [1.0, 5.0]}
     counts = {"items": 700, "training_records": 600, "held_out_items": count, "scale": "1-5"}
     write_json(folder / "metrics.json", {**metrics, "parity": {}, "counts": counts})
@@ -87,12 +89,14 @@ def looked_up(row: dict[str, Any], name: str, key: str) -> Any:
 
 def test_every_cell_of_every_table_equals_the_json_behind_it(page: Page) -> None:
     figures = page.figures
-    assert page.tables.keys() == {"rows", "by_gold", "by_criteria", "by_std", "calibration"}
+    assert page.tables.keys() == {"rows", "readings", "by_gold", "by_criteria", "by_std", "calibration"}
+    of_scores = scores_alone(figures["rows"])
+    figures |= {"rows": of_scores, "readings": {n: row for n, row in figures["rows"].items() if n not in of_scores}}
     for table, shown in page.tables.items():
         behind = figures[table]
         named = behind.items() if isinstance(behind, dict) else ((str(n), row) for n, row in enumerate(behind))
         expected = [[looked_up(row, name, key) for key in page.heads[table]] for name, row in named]
-        assert len(shown) == len(expected) > 1
+        assert len(shown) == len(expected) > 1 or table == "readings"
         for cell, value in zip((c for row in shown for c in row), (v for row in expected for v in row)):
             if isinstance(value, str):
                 assert cell.value == value and value.startswith(cell.text.removesuffix(" …"))
@@ -108,7 +112,7 @@ def test_the_json_is_that_of_the_run(run: Path, page: Page) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     rows = json.loads(json.dumps(metrics["rows"]), parse_constant=lambda _: None)
     assert page.figures["rows"] == rows and page.figures["counts"] == metrics["counts"]
-    own = metrics["rows"][f"{JUDGE}, {RAIL}"]
+    own = metrics["rows"][f"{JUDGE}, {COT_RAIL}"]
     assert page.figures["scores"]["pearson"] == pytest.approx(own["pearson"])
     assert page.figures["scores"]["count"] == own["count"] == 60
     by_gold = page.figures["by_gold"]
@@ -118,7 +122,7 @@ def test_the_json_is_that_of_the_run(run: Path, page: Page) -> None:
 
 def test_intervals_stand_below_their_figures(source: str, run: Path) -> None:
     rows = json.loads((run / "metrics.json").read_text())["rows"]
-    low, high = rows[f"{JUDGE}, {RAIL}"]["intervals"]["rmse"]
+    low, high = rows[f"{JUDGE}, {COT_RAIL}"]["intervals"]["rmse"]
     assert f"<small>{low:.3f} to {high:.3f}</small>" in source
 
 
@@ -128,6 +132,15 @@ def test_the_page_opens_with_the_verdict_and_ends_with_the_settings_in_words(pag
     assert page.text.index(verdict) < page.text.index("Agreement with the gold scores")
     for sentence in ("Seed model: someone/Model.", "2 epochs, batches of 8", "The training of stage 2 took 5 minutes"):
         assert sentence in page.text
+
+
+@pytest.mark.parametrize("seed_model, toy", [("toy", True), ("someone/Model", False)])
+def test_the_table_and_the_verdict_of_a_toy_call_it_one(tmp_path: Path, seed_model: str, toy: bool) -> None:
+    run = write_run(tmp_path, 20)
+    write_json(run / "settings.json", {"preset": "quick", "data": None, "seed_model": seed_model})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    for said in ("All judges of this table are toys.", "It is a toy: "):
+        assert (said in text) == (said.lower() in (run / "report.md").read_text().lower()) == toy
 
 
 def test_what_users_wrote_is_text_and_never_markup(page: Page, source: str) -> None:

@@ -121,7 +121,7 @@ def test_judgements_come_in_order_with_errors_and_none_is_lost():
     assert [judgement.id for judgement in judgements] == [str(n) for n in range(11)]
     assert {n for n, judgement in enumerate(judgements) if judgement.error} == set(BAD)
     assert all(math.isnan(judgement.score) == bool(judgement.error) for judgement in judgements)
-    assert "rubric" in judgements[4].error and judgements[5].error == "too long"
+    assert "no criteria" in judgements[4].error and judgements[5].error == "too long"
 
 
 def test_records_that_are_all_unusable_give_an_error_each():

@@ -92,4 +92,4 @@ def test_a_judge_is_trained_merged_and_asked_where_less_is_there(
     assert done.returncode == 0, shown[-3000:]
     assert "Logging error" not in shown and "Traceback" not in shown
     assert done.stdout.startswith(b"Gr??e " if environment else "Grüße ".encode())
-    assert "\nGrüße: None\n" in (place / "run" / "log.txt").read_text(encoding="utf-8")
+    assert " Grüße: None\n" in (place / "run" / "log.txt").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,24 @@ def test_the_log_keeps_the_messages_of_all_calls(run: Run) -> None:
         with run.log():
             logger.info("call %d", number)
         logger.info("outside")
-    assert (run / "log.txt").read_text() == "call 1\ncall 2\n"
+    lines = (run / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["call 1", "call 2"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line[:20]) for line in lines)
+
+
+def test_details_are_in_the_log_alone_and_warnings_on_the_console_too(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("run", logging.INFO), ("export.parity", logging.INFO), ("export.parity", logging.WARNING)
+    logging.getLogger("tract_lite").setLevel(logging.INFO)
+    try:
+        with run.log():
+            for part, level in said:
+                logging.getLogger(f"tract_lite.{part}").log(level, "%s at %d", part, level)
+    finally:
+        logging.getLogger("tract_lite").setLevel(logging.NOTSET)
+    assert capsys.readouterr().err.splitlines() == ["run at 20", "export.parity at 30"]
+    assert len((run / "log.txt").read_text().splitlines()) == 3
 
 
 def test_a_failure_leaves_the_log_closed_and_its_traceback_inside(run: Run) -> None:
@@ -284,7 +302,7 @@ def test_a_failure_leaves_the_log_closed_and_its_traceback_inside(run: Run) -> N
         raise KeyboardInterrupt
     assert logging.getLogger().handlers == before
     lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert (lines[0], lines[-2], lines[-1]) == (
+    assert (lines[0][20:], lines[-2], lines[-1][20:]) == (
         "stopped by an error",
         r"RuntimeError: no kernels for ä\udcff",
         "stopped",

@@ -274,9 +274,12 @@ def test_a_hub_in_reach_gives_it(
     alone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tract_lite")
+    fetched: list[str] = []
+    monkeypatch.setattr(module, "seed_folder", fetched.append)
     with fake_server(hub_with_the_model) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub)
         assert small_seed_model() == HUB_ID
+    assert fetched == [HUB_ID]
     assert f"{HUB_ID} of the hub (Apache-2.0)" in caplog.text
     assert not list(alone.iterdir())
 
@@ -310,6 +313,24 @@ def test_a_hub_that_does_not_give_it_is_left_for_the_package(
             monkeypatch.setattr(constants, "ENDPOINT", hub)
         with pytest.raises(Fetched):
             small_seed_model()
+
+
+def test_a_hub_that_shows_it_and_keeps_its_files_back_is_left_for_the_package(
+    nothing_fetched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+    files = [{"rfilename": name} for name in module.HUB_FILES]
+
+    def answer(path: str, *_: Any) -> tuple[int, Any]:
+        asked.append(path)
+        is_page = path.startswith(f"/api/models/{HUB_ID}") and "/tree/" not in path
+        return (200, {"id": HUB_ID, "sha": "0" * 40, "siblings": files}) if is_page else (403, {"error": "blocked"})
+
+    with fake_server(answer) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub)
+        with pytest.raises(Fetched):
+            small_seed_model()
+    assert "the hub does not give its files" in caplog.text and len(asked) > 1
 
 
 @pytest.mark.parametrize("missing", [None, *module.HUB_FILES])

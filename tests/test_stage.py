@@ -30,6 +30,7 @@ from tract_lite.judge import Judge
 from tract_lite.loss.cot_raft import cot_raft_loss
 from tract_lite.metrics import evaluate
 from tract_lite.record import Record
+from tract_lite.report.words import times_of
 from tract_lite.scale import ScoreScale
 from tract_lite.spec import JudgeSpec, Sampling, make_spec
 from tract_lite.training import stage
@@ -238,8 +239,19 @@ def test_a_killed_stage_goes_on_to_the_adapter_of_an_uninterrupted_one(
     half = out / f"checkpoint-{step + 1}"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
+    if checkpoint:
+        # As if the call that was killed had taken long.
+        state = out / f"checkpoint-{checkpoint}" / "trainer_state.json"
+        content = json.loads(state.read_text())
+        content["log_history"][-1]["seconds"] = before = 1000.0
+        state.write_text(json.dumps(content))
+        sizes = json.loads(state.with_name(COMPLETE_FILE).read_text())
+        state.with_name(COMPLETE_FILE).write_text(json.dumps({**sizes, state.name: state.stat().st_size}))
     adapter = train_whole(seed_model, out)
     result, whole = (json.loads((folder / RESULT_FILE).read_text()) for folder in (out, uninterrupted))
+    seconds = [entry["seconds"] for entry in result["log"] if not checkpoint or entry["step"] > checkpoint]
+    assert seconds == sorted(seconds) and seconds[0] > (before if checkpoint else 0)
+    assert times_of({"stage1": result["log"]}) == {"stage 1": seconds[-1]}
     assert result["log"][-1]["step"] == whole["log"][-1]["step"] == 9
     assert result["kept_step"] == whole["kept_step"]
     resumed = weights_in(adapter)

@@ -399,10 +399,10 @@ def test_data_without_reasonings_make_a_direct_judge_in_one_stage(
         assert not list(run.glob(of_the_method))
     metrics = read_json(run / "metrics.json")
     assert metrics["counts"]["direct"]["direct"] == metrics["counts"]["direct"]["examples"] == 18
-    judge = "judge-q8_0.gguf, CoT-RAIL"
-    compared = {"always the training mean", "untrained seed model, direct, CoT-RAIL", "untrained seed model, CoT-RAIL"}
+    judge = "judge-q8_0.gguf, RAIL"
+    compared = {"always the training mean", "untrained seed model, direct, RAIL", "untrained seed model, CoT-RAIL"}
     assert metrics["rows"][judge]["better_by"].keys() == compared
-    assert metrics["rows"][judge]["rmse"] == pytest.approx(metrics["rows"]["direct, CoT-RAIL"]["rmse"], abs=0.02)
+    assert metrics["rows"][judge]["rmse"] == pytest.approx(metrics["rows"]["direct, RAIL"]["rmse"], abs=0.02)
     capsys.readouterr()
     # Nobody has to know that this judge was taught no reasonings.
     assert judge_main(["judge", str(run / "judge-q8_0.gguf"), str(data), "-o", str(tmp_path / "out.jsonl")]) == 0
@@ -436,4 +436,4 @@ def test_scores_without_reasonings_are_enough_for_two_processes(tmp_path: Path, 
     names = [row["id"] for row in read_rows(tmp_path / "run" / "seed_reasonings.jsonl")]
     assert len(names) == len(set(names)) == written["kept"]
     assert (tmp_path / "run" / "judge-q8_0.gguf").exists()
-    assert len(re.findall("^run folder: ", (tmp_path / "run" / "log.txt").read_text(), re.MULTILINE)) == 1
+    assert len(re.findall("^[-0-9: ]{20}run folder: ", (tmp_path / "run" / "log.txt").read_text(), re.MULTILINE)) == 1

@@ -19,6 +19,7 @@ from tract_lite.data.resume import claim
 from tract_lite.data.splits import Splits
 from tract_lite.judgement import Judgement
 from tract_lite.record import Record
+from tract_lite.training.quiet import quiet_console
 from tract_lite.training.settings import COMPLETE_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,13 @@ class Run:
             write_records(path, splits.held_out)
 
         self.once(HELD_OUT, keep)
-        training, validation, held_out = map(self._records, (TRAINING, VALIDATION, HELD_OUT))
+        training, validation, held_out = map(self.records, (TRAINING, VALIDATION, HELD_OUT))
         return Splits(training, validation, held_out, self.counts)
+
+    def records(self, name: str) -> list[Record]:
+        """The records of a file that the run has written; none where there is no file."""
+        columns = Columns()
+        return [to_record(row, columns) for row in read_rows(self / name)]
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -173,26 +179,29 @@ class Run:
 
     @contextmanager
     def log(self) -> Iterator[None]:
-        """Everything that is logged goes to `log.txt` as well, and the traceback of an error."""
+        """Everything that is logged goes to `log.txt` with its time, and so does the traceback of
+        an error; a console shows it above the bars, and no details."""
         if not self.is_first:
             logging.getLogger().setLevel(logging.WARNING)
             yield
             return
         self._make_folder()
         handler = _LogFile(self / LOG, encoding="utf-8", errors="backslashreplace")
-        logging.getLogger().addHandler(handler)
-        try:
-            yield
-        except Exception:
-            # For whom the few words on the console are too few.
-            handler.handle(logging.makeLogRecord({"msg": "stopped by an error", "exc_info": sys.exc_info()}))
-            raise
-        except KeyboardInterrupt:
-            handler.handle(logging.makeLogRecord({"msg": "stopped"}))
-            raise
-        finally:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        with quiet_console():
+            logging.getLogger().addHandler(handler)
+            try:
+                yield
+            except Exception:
+                # For whom the few words on the console are too few.
+                handler.handle(logging.makeLogRecord({"msg": "stopped by an error", "exc_info": sys.exc_info()}))
+                raise
+            except KeyboardInterrupt:
+                handler.handle(logging.makeLogRecord({"msg": "stopped"}))
+                raise
+            finally:
+                logging.getLogger().removeHandler(handler)
+                handler.close()
 
     def _make_folder(self) -> None:
         try:
@@ -229,10 +238,6 @@ class Run:
             write_json(self / SETTINGS, after)
         if after != before or gone:
             (self / METRICS).unlink(missing_ok=True)
-
-    def _records(self, name: str) -> list[Record]:
-        columns = Columns()
-        return [to_record(row, columns) for row in read_rows(self / name)]
 
     def _first(self) -> ContextManager[Any]:
         """The first process runs what is inside; the others wait for it, and then find it done."""

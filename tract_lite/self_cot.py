@@ -3,13 +3,12 @@
 Source: TRACT, section 3 (the data of stage 2).
 """
 
+import logging
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
-
-from tqdm.auto import tqdm
 
 from tract_lite.data.columns import Columns
 from tract_lite.data.formats import record_to_row, to_record
@@ -17,6 +16,7 @@ from tract_lite.data.resume import ResumableRows, name_of
 from tract_lite.judge import Judge
 from tract_lite.judgement import Judgement
 from tract_lite.record import Record
+from tract_lite.training.quiet import progress, quieter
 from tract_lite.vocabulary import Vocabulary
 
 # The end of a sentence, with what closes it. In "3.5" there is none.
@@ -46,7 +46,8 @@ def generate_cots(
     for rows in (kept, rejected):
         rows.claim(judge.how(1, seed), judge.engine.shape)
     todo = [record for record in records if not (kept.has(record) or rejected.has(record))]
-    with tqdm(desc="reasonings", total=len(records), initial=len(records) - len(todo)) as progress:
+    # Nobody reads the scores.
+    with quieter("judge", logging.ERROR), progress("writing reasonings", len(records), len(records) - len(todo)) as bar:
         for place, judgement in judge.as_completed(todo, 1, seed):
             record, vocabulary = todo[place], judge.engine.vocabulary
             ids = _whole_sentences(judgement, vocabulary)
@@ -56,7 +57,7 @@ def generate_cots(
                 reasoned = replace(record, feedback=vocabulary.decode(ids).strip(), feedback_ids=tuple(ids))
                 marks = {SHORTENED: True} if judgement.truncated else {}
                 kept.append(record, record_to_row(reasoned) | marks)
-            progress.update()
+            bar.update()
     kept.tidy(names)
     reasons = Counter(rejected.row(name)["reason"] for name, record in zip(names, records) if rejected.has(record))
     columns = Columns()

@@ -63,7 +63,7 @@ def judged_columns(
     if (
         len(scales) > 1
         or any("scale" in row for row in given.values())
-        or any(_number(label) != value for values in scales for label, value in values.items())
+        or any(number_in(label) != value for values in scales for label, value in values.items())
     ):
         ours["scale"] = "string"
     return _without_own_ids(ours, given), (_cells(row, [*labels]) for row in rows)
@@ -127,13 +127,13 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     if score is None:
         raise ValueError(f"{path} has no column score or judge_score: it is no table of judgements")
     labels = {name: name[2:] for name in names if name.startswith("p_")}
-    values = {label: number for label in labels.values() if (number := _number(label)) is not None}
+    values = {label: number for label in labels.values() if (number := number_in(label)) is not None}
 
     def read(row: Row) -> dict[str, Any]:
         own = _values(row[scale]) if scale else None
         return {
-            "score": _number(row[score]),
-            "gold": _number(row[gold]) if gold else None,
+            "score": number_in(row[score]),
+            "gold": number_in(row[gold]) if gold else None,
             "values": values if own is None else own,
         }
 
@@ -156,7 +156,8 @@ _MEASURED = ("score", "gold", "scale")
 _WHOLE = 2**53
 
 
-def _number(cell: Any) -> float | None:
+def number_in(cell: Any) -> float | None:
+    """The number that a cell of a table holds, if it holds one."""
     try:
         return float(cell)
     except (TypeError, ValueError):

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import logging
 import os
 import re
 import runpy
@@ -19,7 +20,10 @@ from tract_lite.data.files import cache_folder
 from tract_lite.engines.child import run_python
 from tract_lite.engines.llama_cpp import SPEC_KEY, complaints, load_model, quiet_llama
 from tract_lite.spec import JudgeSpec
+from tract_lite.training.quiet import progress
 from tract_lite.vocabulary import GGUFVocabulary
+
+logger = logging.getLogger(__name__)
 
 _MODELS, _ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 # What llama.cpp makes with an importance matrix alone, and what its quantiser knows by name alone.
@@ -158,13 +162,16 @@ def _convert(script: str, folder: Path, out: Path, options: Sequence[str], spec:
     source = llama_cpp_source()
     command = ["-c", f"from {__name__} import run_converter; run_converter()", script, str(folder.resolve())]
     command += ["--outfile", str(out.resolve()), *options]
-    if fault := run_python(command, source / "gguf-py", cwd=source, input=spec.to_json() if spec else ""):
+    with progress("converting to GGUF"):
+        fault = run_python(command, source / "gguf-py", cwd=source, input=spec.to_json() if spec else "")
+    if fault:
         known = f"is this model known to llama-cpp-python {quiet_llama().__version__}? if not, upgrade it"
         advice = f"{known}, or choose another seed model"
         raise RuntimeError(f"llama.cpp's converter failed on {folder.name}: {fault}\n{advice}")
 
 
 def _fetch_source(release: str, folder: Path) -> None:
+    logger.info("export: pip fetches llama.cpp's converter, once")
     with TemporaryDirectory(dir=folder.parent) as temporary:
         command = f"-m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python=={release} --dest"
         if fault := run_python([*command.split(), temporary]):

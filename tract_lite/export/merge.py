@@ -14,7 +14,6 @@ from typing import Any, Sequence
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
-from tqdm.auto import tqdm
 
 from tract_lite.data.jsonl import read_json
 from tract_lite.export.adapter import EMBEDDING, HEAD, Adapter
@@ -28,6 +27,7 @@ from tract_lite.export.model_folder import (
 )
 from tract_lite.spec import SPEC_FILE, JudgeSpec
 from tract_lite.training.layers import linear_layers
+from tract_lite.training.quiet import progress
 
 # With its head, a file of several tensors stays below 256 MB.
 SHARD_BYTES = 255 * 10**6
@@ -168,7 +168,7 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter | None, quantise
     options: dict[str, Any] = {"get_storage_id": lambda _: None, "get_storage_size": lambda weight: weight.size}
     options |= {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": SHARD_BYTES}
     split = split_state_dict_into_shards_factory(by_name, **options)
-    with tqdm(total=len(weights), desc="merging") as progress:
+    with progress("merging", len(weights)) as bar:
         for name, inside in split.filename_to_tensors.items():
             # Wider types first, so that each tensor lies at a multiple of its type's width.
             shard = sorted(map(by_name.__getitem__, inside), key=lambda weight: -weight.dtype.itemsize)
@@ -176,7 +176,7 @@ def _merge_weights(weights: Sequence[_Weight], changes: Adapter | None, quantise
                 file.write(_header(shard))
                 for weight in shard:
                     file.write(_merged(weight, changes, plain_name(weight.name) in quantised))
-                    progress.update()
+                    bar.update()
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 

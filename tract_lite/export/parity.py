@@ -21,7 +21,7 @@ from tract_lite.judgement import Judgement
 from tract_lite.prompt import prompt_ids, reasoning_text
 from tract_lite.record import Record, Rubric
 from tract_lite.spec import JudgeSpec, chat_pieces
-from tract_lite.training.quiet import quieter
+from tract_lite.training.quiet import progress, quieter
 from tract_lite.vocabulary import GGUFVocabulary, TransformersVocabulary, Vocabulary
 
 # Mean difference in score on a scale of 1 to 5, and mean distance of distributions, that an exact
@@ -200,28 +200,33 @@ def check_export(
     needed = 4 * weights + GB
     if needed > free:
         there = f"transformers takes {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free"
-        _show(f"parity: scores are not compared: {there}")
+        logger.warning("parity: scores are not compared: %s", there)
         return {}
     from tract_lite.training.seed_model import load_seed
 
     model, tokenizer = load_seed(folder, load_in_4bit=False, backend="transformers", precision="float32")
     figures, checked = {}, taken[0]
-    with Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
+    # What is odd about these judgements says nothing of the judge: some texts are made up.
+    bar = progress("checking the export", len(checked) * (1 + len(files)))
+    quiet = quieter("judge", logging.ERROR)
+    with quiet, bar, Judge.from_model(model, tokenizer, spec, parallel=1) as reference:
         texts = [reasoning_text(record.pairs()[0].feedback or "") or _REASONING for record in checked]
         reasonings = [[reference.engine.vocabulary.encode(text)] for text in texts]
         how: dict[str, Any] = {"n_cot": 0} if reference.is_direct else {"reasonings": reasonings}
-        judged = list(reference.score_many(checked, **how))
+        judged = []
+        for judgement in reference.score_many(checked, **how):
+            judged.append(judgement)
+            bar.update()
         if all(judgement.error for judgement in judged):
-            _show(f"parity: scores are not compared: {judged[0].error}")
+            logger.warning("parity: scores are not compared: %s", judged[0].error)
             return {}
         long = _judged_long(reference, model.config, free - needed)
         for name, file in files.items():
             with Judge.from_gguf(file, spec, parallel=1) as judge:
                 figures[name] = compare(reference, judge, checked, judged)
+                bar.update(len(checked))
                 for record, judgement, tokens in long:
-                    # A made-up text may well leave little on the labels.
-                    with quieter("judge", logging.ERROR):
-                        far = compare(reference, judge, [record], [judgement])
+                    far = compare(reference, judge, [record], [judgement])
                     figures[name] = replace(
                         figures[name],
                         long_tokens=tokens,
@@ -245,8 +250,7 @@ def _judged_long(reference: Judge, config: Any, free: int) -> list[tuple[Record,
     reasoning = [] if reference.is_direct else vocabulary.encode(_REASONING)
     record = long_record(spec, vocabulary, reasoning, length)
     how: dict[str, Any] = {"reasonings": [[reasoning]]} if reasoning else {"n_cot": 0}
-    with quieter("judge", logging.ERROR):
-        (judgement,) = reference.score_many([record], **how)
+    (judgement,) = reference.score_many([record], **how)
     tokens = len(prompt_ids(record, spec, vocabulary)) + len(reasoning) + len(spec.marker_ids) + 1
     return [] if judgement.error else [(record, judgement, tokens)]
 
@@ -272,5 +276,5 @@ def _report(name: str, parity: Parity, spec: JudgeSpec, limit: int | None = None
 def _show(text: str) -> None:
     """Figures are printed where no log takes them."""
     logger.info("%s", text)
-    if not logger.isEnabledFor(logging.INFO):
+    if logger.getEffectiveLevel() == logging.WARNING:
         print(text, file=sys.stderr)

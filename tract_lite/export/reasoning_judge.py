@@ -113,7 +113,7 @@ def _told(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.info("%s can't write the reasonings here: %s", name, str(error).partition("\n")[0])
+        logger.warning("%s can't write the reasonings here: %s", name, str(error).partition("\n")[0])
 
 
 def _tokens_a_second(judge: Judge, records: Sequence[Record]) -> float:

@@ -18,6 +18,7 @@ from tract_lite.engines.llama_cpp import check_generates, complaint, load_model,
 from tract_lite.engines.trial import check_runs
 from tract_lite.export.converter import convert_model
 from tract_lite.export.model_folder import GB
+from tract_lite.training.quiet import without_bars
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # How many of the last layers read the keys and values of an earlier one.
@@ -129,7 +130,8 @@ def _convert_and_run(model: Any, folder: Path, file: Path) -> None:
     model.tie_weights()
     for weight in model.state_dict().values():
         weight.zero_()
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
     # transformers writes a config of the text part alone, or with other names.
     write_json(folder / "config.json", config)
     try:

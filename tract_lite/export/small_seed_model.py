@@ -18,6 +18,7 @@ from zipfile import ZipFile
 from tract_lite.data.files import cache_folder
 from tract_lite.engines.child import run_python
 from tract_lite.export.converter import llama_cpp_source
+from tract_lite.export.model_folder import seed_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,13 @@ def small_seed_model(offline: bool = False) -> str:
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{SHA256[:16]}"
     if _is_in_hub_cache():
-        return _from_hub()
+        logger.info("seed model: %s of the hub (Apache-2.0)", HUB_ID)
+        return HUB_ID
     if not folder.is_dir():
         if offline:
             raise _failure("the small seed model is not on this machine, and nothing is to be fetched")
-        if _is_hub_in_reach():
-            return _from_hub()
+        if _is_hub_in_reach() and _fetch_from_hub():
+            return HUB_ID
         _make_once(folder)
     logger.info("seed model: SmolLM2-135M-Instruct (%s) at %s", ORIGIN, folder)
     return str(folder)
@@ -132,9 +134,15 @@ def _is_hub_in_reach() -> bool:
     return bool(answers)
 
 
-def _from_hub() -> str:
+def _fetch_from_hub() -> bool:
+    """Whether the hub gives the model's files, which may lie on another host than its pages."""
     logger.info("seed model: %s of the hub (Apache-2.0)", HUB_ID)
-    return HUB_ID
+    try:
+        seed_folder(HUB_ID)
+    except Exception as error:  # whatever the hub's libraries raise
+        logger.warning("the hub does not give its files (%s): the package is taken", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def _make_once(folder: Path) -> None:

@@ -14,7 +14,7 @@ from tract_lite.judgement import shortened
 from tract_lite.metrics import NORMALISED, ends_of
 from tract_lite.report.breakdown import by_criteria, by_gold, by_std, calibration, lengths, reasoning_lengths, worst
 from tract_lite.report.items import Item, Judged, judged_in_file, judged_in_run, numbers_of
-from tract_lite.report.rows import GOLD_MEAN, RAIL, measured_rows
+from tract_lite.report.rows import GOLD_MEAN, measured_rows, score_row
 from tract_lite.report.verdict import is_toy, verdict
 from tract_lite.report.words import settings_in_words, times_of, without_places
 from tract_lite.run import METRICS, PARITY, SETTINGS, STAGES, Run
@@ -23,6 +23,7 @@ from tract_lite.training.settings import ADAPTER
 
 # What a stage's log must have, to be drawn.
 TERMS = ("ce", "raft")
+TOYS = "all judges of this table are toys"
 FEWER = "judges with a smaller n have judged the first of the held-out items only"
 
 
@@ -38,11 +39,12 @@ def contents_of_run(run: Run) -> dict[str, Any]:
         raise ValueError(f"{run.folder} holds nothing to report: is it a run folder?")
     rows, counts = metrics.get("rows", {}), metrics.get("counts") or {k: v for k, v in run.counts.items() if v}
     said = ""
-    if (row := rows.get(f"{metrics.get('judge')}, {RAIL}")) and "scale" in metrics:
+    own = score_row(metrics.get("judge"), rows)
+    if (row := rows.get(own)) and "scale" in metrics:
         trained_on = counts.get("training_records")
         how: dict[str, Any] = {"toy": is_toy(settings), "trained_on": trained_on, "improving": _improving(run)}
         said = verdict(row, rows, ends=metrics["scale"] and tuple(metrics["scale"]), **how)
-    notes = notes_of(rows)
+    notes = [TOYS] * bool(rows and is_toy(settings)) + notes_of(rows)
     if len({round(row["count"] / row["coverage"]) for row in rows.values() if row["coverage"]}) > 1:
         notes.append(FEWER)
     return {
@@ -51,6 +53,7 @@ def contents_of_run(run: Run) -> dict[str, Any]:
         "notes": notes,
         "rows": rows,
         **(of_items := _of_items(judged)),
+        "judge_row": score_row(judged.name, rows) if judged else "",
         "drawn": {**of_items.get("drawn", {}), "curves": logs},
         "settings": settings_in_words(settings, counts, stages, _seed_model(run)),
         "all_settings": without_places(settings),
@@ -91,9 +94,7 @@ def rows_of(judged: Judged) -> dict[str, dict[str, Any]]:
 
 def notes_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What is to be said of rows as a whole."""
-    notes = sorted({NORMALISED.format(row["scales"]) for row in rows.values() if row.get("scales")})
-    off = max((row.get("off_scale", 0) for row in rows.values()), default=0)
-    return notes + ([f"{off:,} gold scores are outside the judge's scale: its errors have no unit"] if off else [])
+    return sorted({NORMALISED.format(row["scales"]) for row in rows.values() if row.get("scales")})
 
 
 def _seed_model(run: Run) -> str | None:
@@ -120,7 +121,6 @@ def _of_items(judged: Judged | None) -> dict[str, Any]:
     pearson = float(np.corrcoef(numbers.golds, numbers.scores)[0, 1]) if varied else math.nan
     return {
         "judge": judged.name,
-        "judge_row": f"{judged.name}, {RAIL}",
         "scores": {"count": len(items), "pearson": pearson},
         "calibration": calibration(items),
         "by_std": by_std(numbers),

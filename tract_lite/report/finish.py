@@ -1,11 +1,13 @@
 """The end of a run: its judges judge the held-out items, and what they are worth is kept."""
 
+import logging
 import math
 import textwrap
+from contextlib import ExitStack
+from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
-
-from tqdm.auto import tqdm
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from tract_lite.data.jsonl import read_json, read_rows, write_json
 from tract_lite.data.resume import name_of
@@ -14,25 +16,28 @@ from tract_lite.judgement import Judgement
 from tract_lite.record import Record
 from tract_lite.report.card import write_model_card
 from tract_lite.report.contents import contents_of_run
-from tract_lite.report.items import records_in
 from tract_lite.report.page import write_pages
 from tract_lite.report.rows import (
-    RAIL,
     TRAINING_MEAN,
     measured_rows,
     readings,
+    score_row,
     scores_alone,
     short_table,
     training_means,
 )
 from tract_lite.run import JUDGED, METRICS, PARITY, TRAINING, Run
 from tract_lite.scale import ScoreScale
+from tract_lite.training.quiet import progress, quieter
+
+logger = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
     """A judge that a run is measured by: how it is opened, how many of the held-out items it judges
     at most (None: all), with how many reasonings each (None: its own way), and whether it is one
-    that others are to be better than, such as the untrained seed model."""
+    that others are to be better than, such as the untrained seed model. Of neighbours that `open`
+    in the same way, the first one opens for all."""
 
     open: Callable[[], Judge]
     items: int | None = None
@@ -60,17 +65,17 @@ def finish_run(
         predictions = dict(_given_rows(run, held_out, judges))
         predictions |= _guesses(run, held_out, scale)
         baselines = [name for name in (TRAINING_MEAN,) if name in predictions]
-        for name, one in judges.items():
-            judged = _judge(run / JUDGED / f"{name}.jsonl", name, one, held_out[: one.items])
+        chosen = _chosen(judges, len(held_out))
+        for name, judged in _judged(run, held_out, judges, chosen):
             predictions |= {f"{name}, {reading}": scores for reading, scores in readings(judged).items()}
-            baselines += [f"{name}, {RAIL}"] * one.is_baseline
+            baselines += [score_row(name, predictions)] * judges[name].is_baseline
         golds = [math.nan if record.score is None else record.score for record in held_out]
         scales = [record.scale or scale for record in held_out]
         ends = [(min(one.values), max(one.values)) for one in scales]
         several = ends if len(set(ends)) > 1 else None
         rows = measured_rows(predictions, golds, several, baselines)
         metrics: dict[str, Any] = {"rows": rows, "parity": read_json(run / PARITY), "counts": run.counts}
-        metrics |= {"judge": _chosen(judges, len(held_out)), "scale": None if several else ends[0]}
+        metrics |= {"judge": chosen, "scale": None if several else ends[0]}
         write_json(run / METRICS, metrics)
     metrics = read_json(run / METRICS)
     for folder in (run.folder, *filter(Path.is_dir, map(Path, cards))):
@@ -85,16 +90,38 @@ def finish_run(
     return metrics
 
 
-def _judge(path: Path, name: str, one: Measured, records: Sequence[Record]) -> list[Judgement]:
-    """The judgements of the records; the judge is opened where some are missing."""
-    there = [row for row in read_rows(path) if row["error"] is None]
-    if len(there) < len(records):
-        path.parent.mkdir(exist_ok=True)
-        with one.open() as judge:
-            judged = judge.score_many(records, one.n_cot, resume=path)
-            return list(tqdm(judged, f"judging: {name}", len(records)))
-    by_id = {row["id"]: row for row in there}
-    return [Judgement.from_row(by_id[name_of(record)]) for record in records]
+def _judged(
+    run: Run, held_out: Sequence[Record], judges: Mapping[str, Measured], chosen: str | None
+) -> Iterator[tuple[str, list[Judgement]]]:
+    """What each judge says of its items; one is opened where some of that is missing."""
+    for open_judge, group in groupby(judges.items(), key=lambda named: named[1].open):
+        with ExitStack() as opened:
+            judge = cache(lambda: opened.enter_context(open_judge()))  # noqa: B023
+            for name, one in group:
+                path, records = run / JUDGED / f"{name}.jsonl", held_out[: one.items]
+                there = {row["id"]: row for row in read_rows(path) if row["error"] is None}
+                if len(there) >= len(records):
+                    yield name, [Judgement.from_row(there[name_of(record)]) for record in records]
+                    continue
+                path.parent.mkdir(exist_ok=True)
+                with progress(f"opening: {name}"):
+                    judge()
+                # What is odd about judgements is said of those that the verdict is about.
+                with quieter("judge", logging.NOTSET if name == chosen else logging.ERROR):
+                    said = _with_bar(name, judge().score_many(records, one.n_cot, resume=path), len(records))
+                yield name, said
+
+
+def _with_bar(name: str, judged: Iterable[Judgement], count: int) -> list[Judgement]:
+    """The judgements, with a bar while they are made, and a line when they are there."""
+    judgements = []
+    with progress(f"judging: {name}", count) as bar:
+        for judgement in judged:
+            judgements.append(judgement)
+            bar.update()
+    done = sum(judgement.error is None for judgement in judgements)
+    logger.info("%s: %d of %d held-out items judged", name, done, count)
+    return judgements
 
 
 def _given_rows(
@@ -109,7 +136,7 @@ def _given_rows(
 
 def _guesses(run: Run, held_out: Sequence[Record], scale: ScoreScale) -> dict[str, list[float | None]]:
     """The mean of the training records' gold scores for each item."""
-    training = records_in(run / TRAINING)
+    training = run.records(TRAINING)
     if not any(record.score is not None for record in training):
         return {}
     mean = training_means(training, scale)

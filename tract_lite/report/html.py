@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from tract_lite.metrics import WITH_INTERVAL
 from tract_lite.report import plots
+from tract_lite.report.rows import judge_of, scores_alone
 from tract_lite.report.words import duration
 from tract_lite.version import __version__
 
@@ -81,7 +82,10 @@ def number(value: float | None) -> str:
 
 def _tables(contents: Mapping[str, Any]) -> Iterator[Table]:
     if rows := contents.get("rows"):
-        yield _table_of_rows(rows)
+        scores = scores_alone(rows)
+        yield _table_of_rows("rows", scores)
+        if readings := {name: row for name, row in rows.items() if name not in scores}:
+            yield _table_of_rows("readings", readings)
     shown: dict[str, dict[str, str]] = {
         "by_gold": {"from": "gold from", "to": "to", "count": "n", "score": "mean score", "mae": "mae", "rmse": "rmse"},
         "by_criteria": {"criteria": "criteria", "count": "n", "gold": "mean gold", "score": "mean score", "mae": "mae"},
@@ -96,23 +100,22 @@ def _tables(contents: Mapping[str, Any]) -> Iterator[Table]:
             yield Table(name, columns, [[_cell(row[column]) for column in columns] for row in rows])
 
 
-def _table_of_rows(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def _table_of_rows(table_name: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """The figures of each judge, with their intervals, and the gain over each baseline."""
     baselines = list(dict.fromkeys(name for row in rows.values() for name in row.get("better_by", {})))
-    columns = {"name": "judge", "count": "n", "pearson": "Pearson", "spearman": "Spearman", "kendall": "Kendall"}
-    columns |= {"rmse": "RMSE", "mae": "MAE"}
-    columns |= {f"better_by {name}": f"RMSE better than {name} by" for name in baselines}
-    columns |= {"coverage": "judged"}
+    figures = {"mae": "MAE", "rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman", "kendall": "Kendall"}
+    gains = {f"better_by {name}": f"RMSE lower than “{judge_of(name)}” by" for name in baselines}
+    columns = {"name": "judge", "count": "n", **figures, **gains, "coverage": "judged"}
     table = []
     for name, row in rows.items():
         cells = [_cell(name), _cell(row["count"])]
-        for column in ("pearson", "spearman", "kendall", "rmse", "mae"):
+        for column in figures:
             cells.append(_cell(row[column], _interval(row, column) if column in WITH_INTERVAL else ""))
         for baseline in baselines:
             gained = row.get("better_by", {}).get(baseline)
             cells.append(_cell(gained["rmse"], _interval(gained, "rmse")) if gained else Cell("", None))
         table.append([*cells, _cell(row["coverage"])])
-    return Table("rows", columns, table)
+    return Table(table_name, columns, table)
 
 
 def _cell(value: Any, more: str = "") -> Cell:

@@ -14,7 +14,7 @@ from tract_lite.data.formats import to_record
 from tract_lite.data.jsonl import read_rows
 from tract_lite.data.records import read_records
 from tract_lite.data.resume import name_of
-from tract_lite.data.table import read_judged
+from tract_lite.data.table import ANSWERS_INSIDE, number_in, read_judged
 from tract_lite.judgement import Judgement
 from tract_lite.metrics import Ends, ends_of
 from tract_lite.record import Record
@@ -86,7 +86,7 @@ def numbers_of(items: Sequence[Item]) -> Numbers:
 def judged_in_run(run: Run, name: str | None = None) -> Judged | None:
     """What the judge `name` said of a run's held-out items. Unless given, the one that has judged
     most: the last one by name, a GGUF file before others. None: nobody has judged one with gold."""
-    records = {name_of(record): record for record in records_in(run / HELD_OUT)}
+    records = {name_of(record): record for record in run.records(HELD_OUT)}
     best: Judged | None = None
     files = sorted((run / JUDGED).glob("*.jsonl"), key=lambda file: (".gguf" in file.name, file.name))
     for file in [file for file in files if name in (None, file.stem)]:
@@ -103,6 +103,8 @@ def judged_in_file(path: Path, data: str | None = None) -> Judged:
     Raises ValueError: it holds no judgements, or none with a gold score.
     """
     rows = read_judged(path)
+    if rows and "winner" in rows[0]:
+        raise ValueError(ANSWERS_INSIDE % path)
     records: list[Record | None] = [None] * len(rows)
     if path.suffix.lower() != ".jsonl":
         cells = [row for _, row in read_any(str(path)) if isinstance(row, dict)]
@@ -117,12 +119,6 @@ def judged_in_file(path: Path, data: str | None = None) -> Judged:
         advice = "" if data else "\n--data names the file that was judged, if it has some"
         raise ValueError(f"none of the {len(rows)} rows of {path} has a gold score{advice}")
     return Judged(path.stem, items, len(rows) - len(items))
-
-
-def records_in(path: Path) -> list[Record]:
-    """The records of a file that a run has written; none where there is no file."""
-    columns = Columns()
-    return [to_record(row, columns) for row in read_rows(path)]
 
 
 def _by_id(rows: Iterable[Row], records: Mapping[str, Record]) -> list[Record | None]:
@@ -151,7 +147,7 @@ def _judgement_row(measured: Row, cells: Row) -> dict[str, Any]:
         return next((cells[n] for n in reversed([*cells]) if re.fullmatch(f"(judge_)*{re.escape(name)}", n)), None)
 
     values = measured["values"] or {}
-    shares = {label: _number(own(f"p_{label}")) for label in values}
+    shares = {label: number_in(own(f"p_{label}")) for label in values}
     shares = {label: share for label, share in shares.items() if share is not None}
     feedback = own("feedback")
     return {
@@ -159,7 +155,7 @@ def _judgement_row(measured: Row, cells: Row) -> dict[str, Any]:
         **measured,
         "values": values if len(shares) == len(values) else {label: values[label] for label in shares},
         "probabilities": shares,
-        **{name: _number(own(name)) for name in ("std", "mass", "mode")},
+        **{name: number_in(own(name)) for name in ("std", "mass", "mode")},
         "scores": [measured["score"]] if measured["score"] is not None else [],
         "feedback": [str(feedback)] if feedback else [],
         "truncated": str(own("truncated")).lower() == "true",
@@ -173,11 +169,4 @@ def _record_of(cells: Row, columns: Columns) -> Record | None:
         return to_record(dict(cells), columns)
     except ValueError:
         # Columns that only the options of `judge` could tell.
-        return None
-
-
-def _number(cell: Any) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
         return None

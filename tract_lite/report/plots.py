@@ -139,7 +139,7 @@ def draw_doubt(ax: Axes, rows: Rows) -> None:
     ax.plot((0, end), (0, end), color=FAINT, linewidth=1.2, zorder=0)
     ax.plot(stds, errors, color=ITEMS, linewidth=1.4, marker="o", markersize=6)
     ax.set(xlim=(0, end), ylim=(0, end), aspect="equal")
-    ax.set_title("rmse of items in this doubt", loc="left", fontsize=11, color=INK)
+    ax.set_title("rmse by the doubt of the judge", loc="left", fontsize=11, color=INK)
     ax.set_xlabel("std of the judge", color=INK)
     _tidy(ax)
 
@@ -149,7 +149,7 @@ def draw_errors(ax: Axes, rows: Rows) -> None:
     names = [f"{row['from']:.3g}" if row["from"] == row["to"] else f"{row['from']:.3g}-{row['to']:.3g}" for row in rows]
     ax.bar(range(len(rows)), [row["mae"] for row in rows], color=ITEMS, width=0.7)
     ax.set_xticks(range(len(rows)), names)
-    ax.set_title("mean absolute error", loc="left", fontsize=11, color=INK)
+    ax.set_title("mean absolute error by gold score", loc="left", fontsize=11, color=INK)
     ax.set_xlabel("gold score", color=INK)
     _tidy(ax)
 
@@ -160,7 +160,7 @@ def draw_lengths(ax: Axes, each: Sequence[int], unit: str) -> None:
     ax.hist(each, bins=bins, color=ITEMS, rwidth=0.9)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title("items", loc="left", fontsize=11, color=INK)
+    ax.set_title("number of items", loc="left", fontsize=11, color=INK)
     ax.set_xlabel(f"{unit} of the reasoning", color=INK)
     _tidy(ax)
 

@@ -14,8 +14,9 @@ from tract_lite.scale import ScoreScale
 
 Scores = Sequence[float | None]
 
-# The readings of a judge's distribution that a row of the table stands for.
-RAIL, MODE, SAMPLED = "CoT-RAIL", "most likely label", "sampled label"
+# The readings of a judge's distribution that a row of the table stands for. The expected score is
+# RAIL, and after reasonings CoT-RAIL.
+RAIL, COT_RAIL, MODE, SAMPLED = "RAIL", "CoT-RAIL", "most likely label", "sampled label"
 # What needs no judge: one score for all items.
 TRAINING_MEAN, GOLD_MEAN = "always the training mean", "always the mean gold score"
 SHORT = ("n", "pearson", "rmse", "mae", "better by")
@@ -30,7 +31,18 @@ def readings(judged: Sequence[Judgement]) -> dict[str, list[float | None]]:
         else None
         for one in judged
     ]
-    return {SAMPLED: sampled, MODE: [j.mode for j in judged], RAIL: [j.score for j in judged]}
+    expected = COT_RAIL if any(one.feedback for one in judged) else RAIL
+    return {SAMPLED: sampled, MODE: [j.mode for j in judged], expected: [j.score for j in judged]}
+
+
+def score_row(judge: str | None, rows: Mapping[str, Any]) -> str:
+    """The name of the row with a judge's own scores; empty where there is none."""
+    return next((name for name in rows if name in (f"{judge}, {RAIL}", f"{judge}, {COT_RAIL}")), "")
+
+
+def judge_of(row: str) -> str:
+    """The judge of a row that has its own scores."""
+    return row.removesuffix(f", {COT_RAIL}").removesuffix(f", {RAIL}")
 
 
 def training_means(training: Iterable[Record], scale: ScoreScale) -> Callable[[ScoreScale | None], float]:

@@ -4,7 +4,7 @@ import math
 from typing import Any, Iterable, Mapping
 
 from tract_lite.metrics import Ends
-from tract_lite.report.rows import RAIL
+from tract_lite.report.rows import judge_of
 
 # Of fewer items, figures are rough; on fewer training items, more of them help most.
 FEW_ITEMS, FEW_TRAINED = 100, 1000
@@ -14,8 +14,8 @@ POWER = 2.0
 MOST_TIMES = 30
 TOY = "toy"
 IS_TOY = (
-    "It is a toy: its seed model was made from nothing, to show the way. For a judge of use, name a real seed model "
-    "with --seed-model."
+    "It is a toy: its seed model was made for this run, of texts like these, to show the way. For a judge of use, take "
+    "a real seed model."
 )
 
 Row = Mapping[str, Any]
@@ -47,7 +47,8 @@ def verdict(
     if not row["count"]:
         return f"The judge could judge none of the {items}: its errors stand in the rows of its judgements."
     if math.isnan(row["mae"]):
-        off = f"{row['off_scale']:,} gold scores are outside the judge's scale, so that its error has no unit"
+        scale = f"scale ({ends[0]:g} to {ends[1]:g})" if ends else "scale"
+        off = f"{row['off_scale']:,} gold scores are outside the judge's {scale}, so that its error has no unit"
         return f"{off}. Next: judge with a scale that holds them."
     on = f" on a scale from {ends[0]:g} to {ends[1]:g}" if ends else ""
     on = ", as a share of the scale of each item" if row.get("scales") else on
@@ -55,7 +56,7 @@ def verdict(
     first = f"The judge is off by {_number(row['mae'])} on average{on}{f' ({others})' if others else ''}."
     sure = _by_sureness(row.get("better_by", {}))
     sentences = [first, *_compared(sure, row["count"], items)]
-    if row["count"] < FEW_ITEMS and not sure["unsure"]:
+    if row["count"] < FEW_ITEMS:
         sentences.append(f"With fewer than {FEW_ITEMS} items these figures are rough.")
     sentences.append(IS_TOY if toy else _next(sure, row, items, trained_on, improving))
     return " ".join(filter(None, sentences))
@@ -90,7 +91,7 @@ def _listed(compared: Mapping[str, Row], count: int, sign: int = 1) -> str:
         told = [f"by {low:.2g} to {high:.2g}"] if low == low else []
         told += [f"on {gained['count']:,} of them"] if gained["count"] < count else []
         parts.append(f"{_plain(name)} ({', '.join(told)})" if told else _plain(name))
-    return " and ".join(parts)
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _next(sure: Mapping[str, Mapping[str, Row]], row: Row, items: str, trained_on: int | None, improving: bool) -> str:
@@ -136,4 +137,4 @@ def _number(value: float) -> str:
 def _plain(name: str) -> str:
     """What a sentence calls a row: without the reading of its distribution."""
     guess = name.removeprefix("always ")
-    return f"always guessing {guess}" if guess != name else f"“{name.removesuffix(f', {RAIL}')}”"
+    return f"always guessing {guess}" if guess != name else f"“{judge_of(name)}”"

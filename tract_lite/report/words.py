@@ -8,7 +8,7 @@ from tract_lite.report.verdict import is_toy
 EXAMPLE = "the built-in example of tract-lite: made-up advice, for showing the method"
 PLACES = ("data", "held_out", "rubric", "template", "seed_model")
 STAGE_TITLES = {"stage1": "stage 1", "stage2": "stage 2", "direct": "the one stage"}
-SHORTENED = {"q8_0": "8 bits", "q4_k_m": "about 5 bits", "f16": "16 bits", "bf16": "16 bits"}
+BITS = {"q8_0": "8 bits", "q4_k_m": "about 5 bits", "f16": "16 bits", "bf16": "16 bits"}
 
 
 def settings_in_words(
@@ -30,12 +30,12 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def times_of(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    """The seconds that the training of each stage took, where its log says so."""
-    found = {}
-    for name, log in logs.items():
-        if seconds := [entry["train_runtime"] for entry in log if "train_runtime" in entry]:
-            found[STAGE_TITLES.get(name, name)] = float(seconds[-1])
-    return found
+    """The seconds that the training of each finished stage took, without what lay between calls."""
+    return {
+        STAGE_TITLES.get(name, name): float(log[-1]["seconds"])
+        for name, log in logs.items()
+        if log and "train_runtime" in log[-1] and "seconds" in log[-1]
+    }
 
 
 def duration(seconds: float) -> str:
@@ -61,7 +61,7 @@ def _made_from(settings: Mapping[str, Any], counts: Mapping[str, Any], seed_mode
             ("validation_records", "for choosing the best step"),
             ("held_out_items", "held out, to measure with"),
         )
-        if key in counts
+        if counts.get(key)
     ]
     if parts:
         yield f"Of these: {', '.join(parts)}."
@@ -94,7 +94,7 @@ def _trained(settings: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]
 
 def _judged(settings: Mapping[str, Any]) -> Iterator[str]:
     if names := settings.get("quantization"):
-        yield f"Files: {', '.join(f'{n} ({SHORTENED[n]} a weight)' if n in SHORTENED else n for n in names)}."
+        yield f"Files: {', '.join(f'{n} ({BITS[n]} a weight)' if n in BITS else n for n in names)}."
 
 
 def _last_part(name: str | None) -> str:

@@ -146,8 +146,11 @@ def encode_records(
         examples = _chosen(examples, 1 / ratio, seed)
         examples += [encode(record, direct=True) for record in chosen]
     if required and not examples:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common(MOST_REASONS))
-        raise ValueError(f"no record can be trained on, out of {len(records)}: {reasons or 'there is none'}")
+        # A reason may have a second line, which says the next step.
+        common = [(*reason.partition("\n"), count) for reason, count in dropped.most_common(MOST_REASONS)]
+        reasons = "; ".join(f"{reason}: {count}" for reason, *_, count in common)
+        steps = "".join(f"\n{step}" for _, _, step, _ in common[:1] if step)
+        raise ValueError(f"no record can be trained on, out of {len(records)}: {reasons or 'there is none'}{steps}")
     return examples, dropped
 
 

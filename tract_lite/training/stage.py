@@ -11,6 +11,7 @@ from accelerate import PartialState
 from peft import set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tract_lite.data.files import fingerprint
 from tract_lite.data.jsonl import read_json, write_json
@@ -58,9 +59,10 @@ def train_adapter(
     `seed_model`: a folder or a hub id. `scale`: that of records which bring none of their own;
     where some bring others, the judge is one of any scale. `units`: the scale of the gold scores,
     where `scale` has other labels for them (`ScoreScale.remapped`). `settings` and `validation` as
-    for `train_stage`, which leaves its files in `out`. `start`: the folder of an adapter of the same
-    seed model, whose weights the new one begins with. A stage that is there is not trained again,
-    and one that was stopped goes on. Returns the folder of the adapter, for `Judge.from_adapter`.
+    for `train_stage`, which leaves its files in `out`. `start`: the folder of an adapter of the
+    same seed model, whose weights the new one begins with. A stage that is there is not trained
+    again, and one that was stopped goes on. Returns the folder of the adapter, for
+    `Judge.from_adapter`.
     Raises ValueError: no usable record, some have scales of their own beside `units`, or `out`
         holds a stage of other records or settings.
     Raises RuntimeError: the preflight found a fault, or the GPU's memory is too small.
@@ -145,7 +147,9 @@ def train_stage(
     trainer = CotRaftTrainer(model, examples, spec, tokenizer, out_dir, settings, validated)
     try:
         preflight(trainer, examples, spec, vocabulary, tokenizer.pad_token_id)
-        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
+        # What is logged stands above the bar.
+        with logging_redirect_tqdm():
+            trainer.train(resume_from_checkpoint=newest_complete_checkpoint(out_dir))
     except torch.OutOfMemoryError as error:
         count, longest = settings.micro_batch_size, max(len(example.ids) for example in examples)
         asked = f"out of GPU memory with {count} sequences of up to {longest} tokens at once"
@@ -162,6 +166,7 @@ def train_stage(
         model.save_pretrained(adapter)
         spec.save(adapter)
         write_json(out_dir / RESULT_FILE, result)
+        logger.info("%s: %s", out_dir.name, _told(result, trainer.state.global_step))
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -179,5 +184,15 @@ def _take_best(trainer: CotRaftTrainer, out_dir: Path) -> int:
         return last
     # By the step, and not by the path that Trainer knows: a run folder may have been moved since.
     set_peft_model_state_dict(trainer.model, load_file(out_dir / f"checkpoint-{best}" / SAFETENSORS_WEIGHTS_NAME))
-    logger.info("kept the adapter of step %d of %d, the best on the validation records", best, last)
     return best
+
+
+def _told(result: dict[str, Any], steps: int) -> str:
+    """What came of a stage, in a line."""
+    told = f"{result['examples']:,} sequences, {steps:,} steps at a learning rate of {result['learning_rate']:g}"
+    kept = result["kept_step"]
+    if rmse := [entry["eval_rmse"] for entry in result["log"] if entry["step"] == kept and "eval_rmse" in entry]:
+        told += (
+            f"; step {kept:,} is kept, with an rmse of {rmse[-1]:.3f} on {result['validation']:,} validation records"
+        )
+    return told

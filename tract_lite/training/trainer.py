@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -11,7 +10,6 @@ from typing import Any, Iterator, Sequence
 import psutil
 import torch
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tract_lite.data.jsonl import write_json
@@ -22,6 +20,7 @@ from tract_lite.spec import JudgeSpec
 from tract_lite.training.branches import extra_rows, label_trees, node_states, raft_factor
 from tract_lite.training.encode import Example, LengthGroupedSampler, collate
 from tract_lite.training.layers import head_options, lm_head_weight
+from tract_lite.training.quiet import progress
 from tract_lite.training.seed_model import compute_dtype, hidden_states
 from tract_lite.training.settings import COMPLETE_FILE, NEAREST, TrainSettings
 
@@ -31,8 +30,8 @@ ROWS = (
     "labels of several tokens: here each sequence is read %.1f times more for them"
     "\n--remap 0-9, or a scale of wider steps, is the cheaper way"
 )
-# Of the log, what is shown while training; `stage.json` has the rest.
-SHOWN_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens_per_second")
+# Of the figures of a step, those that are told; `stage.json` has the rest.
+TOLD_FIGURES = ("ce", "raft", "score_mae", "eval_rmse", "eval_pearson", "tokens_per_second")
 
 
 class CotRaftTrainer(Trainer):
@@ -71,13 +70,14 @@ class CotRaftTrainer(Trainer):
             callbacks=[_MarkComplete()],
         )
         if self.pop_callback(ProgressCallback):
-            self.add_callback(_ShowFigures())
+            self.add_callback(_OneBar())
         # Our loss divides by the counts of the step, so Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.head, self.head_options = lm_head_weight(model), head_options(model)
         self._score_ids = torch.tensor([label[0] for label in spec.label_ids], device=self.args.device)
         self._score_values = torch.tensor(spec.scale.values, device=self.args.device)
         self._meter = _Meter(self.args.device)
+        self._logged = time.perf_counter()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one step, each with the token and sequence counts of all of them."""
@@ -142,6 +142,10 @@ class CotRaftTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meter.read(self.accelerator))
+        # Of all calls together: what was logged before a stop comes back with the checkpoint.
+        now, before = time.perf_counter(), (entry.get("seconds", 0.0) for entry in self.state.log_history)
+        logs["seconds"] = max(before, default=0.0) + now - self._logged
+        self._logged = now
         super().log(logs, start_time)
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
@@ -210,13 +214,24 @@ class _Meter:
         return figures | {"tokens_per_second": tokens / seconds, "peak_memory_gb": self._peak_bytes / 2**30}
 
 
-class _ShowFigures(ProgressCallback):
-    """Above the progress bar, a line for each entry of the log."""
+class _OneBar(ProgressCallback):
+    """One bar, of the steps; the log has a line for each entry of theirs."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            name = f"training {Path(args.output_dir).name}"
+            self.training_bar = progress(name, state.max_steps, state.global_step)
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Validation has no bar of its own."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        figures = [f"{name} {logs[name]:.4g}" for name in SHOWN_FIGURES if name in logs]
+        figures = [f"{name} {logs[name]:.4g}" for name in TOLD_FIGURES if name in logs]
         if figures and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step}: {', '.join(figures)}", file=sys.stderr)
+            logger.info("step %d: %s", state.global_step, ", ".join(figures))
+        if self.training_bar is not None and "score_mae" in logs:
+            self.training_bar.set_postfix_str(f"scores off by {logs['score_mae']:.2f}", refresh=False)
 
 
 class _MarkComplete(TrainerCallback):
