@@ -97,7 +97,7 @@ def write_rows(path: Path, count: int, seed: int) -> None:
 
 def show(metrics: dict[str, Any], minutes: float) -> str:
     """The judge's figures, and whether each bar is kept."""
-    [name] = [row for row in metrics["rows"] if row.startswith("judge-") and row.endswith("CoT-RAIL")]
+    [name] = [row for row in metrics["rows"] if row.startswith("judge-") and row.endswith(", RAIL")]
     row = metrics["rows"][name]
     lines = []
     for other, gained in row["better_by"].items():

@@ -346,7 +346,7 @@ def test_a_judge_of_support_is_trained_from_scores_alone_and_held_against_its_ba
     shown = run("support.py", "--smallest", "--out", str(tmp_path))
     compared = read_tables(shown)[-1]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    gained = metrics["rows"]["judge-q8_0.gguf, CoT-RAIL"]["better_by"]
+    gained = metrics["rows"]["judge-q8_0.gguf, RAIL"]["better_by"]
     assert compared.keys() == gained.keys() and len(gained) == 3
     for name, (count, by, interval) in compared.items():
         low, high = gained[name]["intervals"]["rmse"]
