@@ -29,6 +29,7 @@ from tract_lite.vocabulary import TransformersVocabulary
 
 logger = logging.getLogger(__name__)
 
+MEASURING = "measuring how long this takes"
 # How many records stand for all of them, and the seconds that each thing is measured for.
 SAMPLE, SECONDS, TRAINING_SECONDS = 128, 4.0, 8.0
 # Weights of up to so many bytes are converted for llama.cpp in a few seconds.
@@ -42,7 +43,7 @@ QUANTILES = (0.5, 0.9, 0.1, 0.7, 0.3)
 FIRST_TOKENS, FEW, GROWTH = 64, 4, 4
 # Seconds to start what an export runs, and for each GB of the seed model; how many times as long
 # transformers reads in float32, which the export is checked with.
-EXPORT_START, EXPORT_GB, FLOAT32 = 15.0, 40.0, 4.0
+EXPORT_START, EXPORT_GB, FLOAT32 = 15.0, 40.0, 2.0
 
 
 class Ending(NamedTuple):
@@ -88,7 +89,7 @@ def estimate_run(
     Raises ValueError: no record can be trained on.
     """
     # The steps of the run say again what they are made from, and what can't be done here.
-    with quieter("", logging.ERROR), progress("measuring how long this takes"):
+    with quieter("", logging.ERROR):
         seconds = _measure(records, settings, parallel, validation, Ending(**ending) if ending else None, **options)
     free_memory()
     _tell(seconds)
@@ -131,7 +132,7 @@ def _measure(
     if parallel is not None and not is_direct:
         seconds["seed_reasonings"] = lacking * paces.written
         seconds["reasonings"] = (len(records) + len(validation)) * paces.written
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, progress(MEASURING):
         # Repeated, they are as many as there will be.
         repeated = (examples * -(-count // len(examples)))[:count]
         trainer = CotRaftTrainer(model, repeated, spec, tokenizer, Path(folder), settings)
@@ -161,7 +162,7 @@ def _paces(
     """
     prompts = [example.ids[: example.prompt_length] for example in encode(1.0)]
     count, whole = len(prompts), list(map(len, prompts))
-    with open_fastest(ways, sample) as judge:
+    with open_fastest(ways, sample) as judge, progress(MEASURING):
         # Whatever else runs here for a moment makes it slower.
         measured = [measure_pace(judge.engine, prompts, SECONDS / 2) for _ in range(2)]
         pace = by_adapter = min(measured, key=lambda one: one.prompt)
